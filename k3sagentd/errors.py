@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The few kinds of things that go wrong, each with its sysexits code.
+
+Only ``main()`` turns them into an exit; everything below raises. A message says what failed,
+what was found, what is allowed, and what to do.
+"""
+
+from __future__ import annotations
+
+import os
+
+
+class K3sagentdError(Exception):
+    """Base of every error that is shown to the operator as one line."""
+
+    exit_code: int = os.EX_SOFTWARE
+
+
+class UsageError(K3sagentdError):
+    """The command line asks for something that does not exist or may not be (EX_USAGE)."""
+
+    exit_code = os.EX_USAGE
+
+
+class ConfigError(K3sagentdError):
+    """The configuration is wrong: file, key, found, allowed (EX_CONFIG)."""
+
+    exit_code = os.EX_CONFIG
+
+
+class MachineError(K3sagentdError):
+    """This machine cannot do what is needed: disk, network, missing program (EX_OSERR)."""
+
+    exit_code = os.EX_OSERR
+
+
+class UnavailableError(K3sagentdError):
+    """Something that should answer does not: the daemon, a node of the lab (EX_UNAVAILABLE)."""
+
+    exit_code = os.EX_UNAVAILABLE
+
+
+class TimedOutError(K3sagentdError):
+    """What was waited for did not happen in time; trying again may help (EX_TEMPFAIL)."""
+
+    exit_code = os.EX_TEMPFAIL
+
+
+class PermissionDeniedError(K3sagentdError):
+    """The caller lacks the rights for this, mostly: is not root (EX_NOPERM)."""
+
+    exit_code = os.EX_NOPERM
+
+
+class DataError(K3sagentdError):
+    """Bytes that came from outside (a file, a peer) are not what they must be (EX_DATAERR)."""
+
+    exit_code = os.EX_DATAERR
+
+
+class PeerError(DataError):
+    """A peer sent something that no correct peer of our version sends."""

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files that are whole or not there: write, fsync, rename, fsync of the directory.
+
+Owns how bytes reach the disk. Knows nothing of what they mean.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from pathlib import Path
+
+
+def fsync_directory(path: Path) -> None:
+    """Make the names in ``path`` (a directory) durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_atomically(path: Path, data: bytes, *, mode: int = 0o644, durable: bool = True) -> None:
+    """Replace ``path`` with ``data``, whole or not at all.
+
+    With ``durable`` it has survived a power cut when this returns; without, only readers are
+    protected (right for /run). Raises OSError; then ``path`` is as it was.
+    """
+    fd, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(fd, "wb") as file:
+            os.fchmod(file.fileno(), mode)
+            file.write(data)
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
+        os.rename(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+    if durable:
+        fsync_directory(path.parent)
+
+
+def read_bounded(path: Path, limit_bytes: int) -> bytes:
+    """Return the bytes of a regular file; more than ``limit_bytes`` raises OSError (EFBIG).
+
+    Symbolic links are not followed: what is read here was put there by us.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    with os.fdopen(fd, "rb") as file:
+        data = file.read(limit_bytes + 1)
+    if len(data) > limit_bytes:
+        raise OSError(27, f"larger than {limit_bytes} bytes", str(path))
+    return data
