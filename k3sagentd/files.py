@@ -35,10 +35,10 @@ def write_atomically(path: Path, data: bytes, *, mode: int = 0o644, durable: boo
             file.flush()
             if durable:
                 os.fsync(file.fileno())
-        os.rename(temporary, path)
+        Path(temporary).rename(path)
     except BaseException:
         with contextlib.suppress(OSError):
-            os.unlink(temporary)
+            Path(temporary).unlink()
         raise
     if durable:
         fsync_directory(path.parent)

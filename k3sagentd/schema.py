@@ -139,9 +139,7 @@ def _dataclass(kind: Any, plain: Any, where: str) -> Any:
     for name, field in fields.items():
         if name in plain:
             values[name] = from_plain(hints[name], plain[name], f"{prefix}{name}")
-        elif (
-            field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        ):
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise DataError(f"missing key {prefix}{name} in {kind.__name__}")
     try:
         return kind(**values)

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What happens to a node. Each event carries the monotonic time of its arrival in seconds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from k3sagentd.core.k3s import Facts, K3sState, Result
+from k3sagentd.core.messages import Hello, Message
+from k3sagentd.core.words import NodeId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tick:
+    """Time went on; sent when ``deadline()`` has passed, and once at the start."""
+
+    now_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HelloReceived:
+    """An authenticated node told of itself."""
+
+    now_s: float
+    hello: Hello
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerLost:
+    """The connection to a peer broke, or it could not be made again."""
+
+    now_s: float
+    peer: NodeId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerRefused:
+    """Someone at ``address`` could not be taken as a peer, or did not take us."""
+
+    now_s: float
+    address: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MessageReceived:
+    """An authenticated node sent a message."""
+
+    now_s: float
+    sender: NodeId
+    message: Message
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CloneSeen:
+    """Another live machine has our own node id."""
+
+    now_s: float
+    address: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AddressChanged:
+    """The address of the chosen interface; None while it has none."""
+
+    now_s: float
+    address: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FactsRead:
+    """Root looked at this machine's K3s data."""
+
+    now_s: float
+    facts: Facts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResultRead:
+    """``apply`` said how far an order is."""
+
+    now_s: float
+    result: Result
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class K3sProbed:
+    """A look at the running K3s gave something new."""
+
+    now_s: float
+    state: K3sState
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InitForced:
+    """The operator decides instead of a quorum: this node starts the cluster."""
+
+    now_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PersistFailed:
+    """The disk refused our state; effects that depend on it are held back until it takes it."""
+
+    now_s: float
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PersistRecovered:
+    """The disk takes our state again."""
+
+    now_s: float
+
+
+Event = (
+    Tick
+    | HelloReceived
+    | PeerLost
+    | PeerRefused
+    | MessageReceived
+    | CloneSeen
+    | AddressChanged
+    | FactsRead
+    | ResultRead
+    | K3sProbed
+    | InitForced
+    | PersistFailed
+    | PersistRecovered
+)

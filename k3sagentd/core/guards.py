@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""When a node must not vote, must not propose, or is in conflict; each as a reason in one line.
+
+Every function answers None for "go on". The rules are those of the design, sections 3 and 4.
+"""
+
+from __future__ import annotations
+
+from k3sagentd.core.k3s import Datastore
+from k3sagentd.core.log import Abandon, Nominate, Value
+from k3sagentd.core.messages import Hello, Intent
+from k3sagentd.core.state import Node
+from k3sagentd.core.words import NodeId, short
+
+
+def existing_cluster(node: Node) -> str | None:
+    """The cluster this machine's K3s data belongs to, unless we started it ourselves."""
+    facts = node.facts
+    if facts is None or node.durable.started_epoch is not None:
+        return None
+    match facts.datastore:
+        case Datastore.ETCD:
+            return facts.ca_hash or f"unknown, on {short(node.id)}"
+        case Datastore.SQLITE:
+            return f"sqlite, on {short(node.id)}"
+        case Datastore.NONE | Datastore.AGENT:
+            return None
+
+
+def quorum_missing(node: Node) -> str | None:
+    """Too few machines here to agree on anything."""
+    if node.seen >= node.quorum:
+        return None
+    return f"{node.seen} of {node.nodes} machines here, {node.quorum} must agree"
+
+
+def conflict(node: Node) -> str | None:
+    """Two clusters under one token, or a log that contradicts ours: nobody installs anything."""
+    if node.split:
+        return node.split
+    mine = existing_cluster(node)
+    if node.seal is not None:
+        if mine is None or mine == node.seal.ca_hash:
+            return None
+        return (
+            f"this machine has K3s data of another cluster ({_cluster(mine)}) than the site "
+            f"({_cluster(node.seal.ca_hash)}); move /var/lib/rancher/k3s aside here to join it"
+        )
+    clusters = {hello.existing: hello.node for hello in node.up if hello.existing}
+    if mine is not None:
+        clusters[mine] = node.id
+    if len(clusters) < 2:
+        return None
+    named = " and ".join(
+        f"{_cluster(cluster)} on {node.name_of(holder)}" for cluster, holder in clusters.items()
+    )
+    return (
+        f"two clusters under one token: {named}; move /var/lib/rancher/k3s aside on the machines "
+        "of the one to give up"
+    )
+
+
+def _cluster(existing: str) -> str:
+    return f"CA {existing[:12]}" if len(existing) == 64 else existing
+
+
+def disagreement(node: Node) -> str | None:
+    """A peer is configured for another site size, so two quorums might not meet (design, 3)."""
+    for hello in node.up:
+        if hello.nodes > node.nodes:
+            return _differs(node, "nodes", node.nodes, hello.nodes, hello)
+        if not hello.has_voted:
+            continue
+        if hello.nodes != node.nodes:
+            return _differs(node, "nodes", node.nodes, hello.nodes, hello)
+        if hello.servers != node.site.servers:
+            return _differs(node, "servers", node.site.servers, hello.servers, hello)
+    return None
+
+
+def _differs(node: Node, key: str, mine: int, theirs: int, hello: Hello) -> str:
+    where = f" ({hello.address})" if hello.address else ""
+    return (
+        f"{key} is {mine} here but {theirs} on {node.name_of(hello.node)}{where}; "
+        "set the same number on both"
+    )
+
+
+def crowd(node: Node) -> str | None:
+    """More machines than voters, before anything was decided."""
+    if node.log or node.seen <= node.nodes:
+        return None
+    remedy = f"set nodes: {node.seen} on each, or take one away"
+    if node.durable.nodes is not None:
+        remedy = "take one away until the cluster is there (votes were cast, nodes is frozen)"
+    return f"{node.seen} machines here but nodes is {node.nodes}; {remedy}"
+
+
+def may_not_vote(node: Node) -> str | None:
+    """Why this node answers no ballot, whoever asks."""
+    if node.durable.muted:
+        return node.durable.muted
+    if node.storage_failure:
+        return f"cannot write its state: {node.storage_failure}"
+    if node.facts is None:
+        return "the facts about this machine's disk (k3sagentd facts)"
+    if trouble := conflict(node):
+        return trouble
+    if trouble := disagreement(node):
+        return trouble
+    if node.durable.nodes is None:
+        return crowd(node)
+    return None
+
+
+def may_not_propose(node: Node) -> str | None:
+    """Why this node starts no ballot."""
+    return quorum_missing(node) or may_not_vote(node) or crowd(node)
+
+
+def keeps_the_init_node(
+    node: Node, sender: NodeId, what: Intent | Value, now_s: float
+) -> str | None:
+    """Why an acceptor refuses to abandon: it has heard the init node lately (design, 4.3).
+
+    The init node itself may always abandon. Refusing is always safe in Paxos; this rule keeps
+    one cut cable from costing a running server its epoch.
+    """
+    abandons = what is Intent.ABANDON or isinstance(what, Abandon)
+    nomination = node.nomination
+    if not abandons or nomination is None or sender == nomination.init:
+        return None
+    if node.hears(nomination.init, now_s, node.site.abandon_after_s):
+        return f"hears the init node {node.name_of(nomination.init)}"
+    return None
+
+
+def foreign_nomination(node: Node, value: Value) -> str | None:
+    """Why an acceptor refuses a nomination: its own disk says that there is a cluster already."""
+    mine = existing_cluster(node)
+    if not isinstance(value, Nominate) or mine is None or value.init == node.id:
+        return None
+    init = node.peers.get(value.init)
+    if init is not None and init.hello.existing == mine:
+        return None
+    return f"has K3s data of a cluster ({_cluster(mine)}) that the nominated node has not"

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the core knows and wants of this machine's K3s: facts, order, result.
+
+Plain data. Who reads the disk, writes the files and runs the commands is in ``k3sagentd/k3s``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class Datastore(StrEnum):
+    """What K3s's data directory holds (K3S.md 1); it decides what K3s does at its next start."""
+
+    NONE = "none"
+    SQLITE = "sqlite"
+    ETCD = "etcd"
+    AGENT = "agent"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """What root found on this machine; secrets never stand here."""
+
+    datastore: Datastore = Datastore.NONE
+    origin: int | None = None
+    """Epoch in which our init order made this data; None: it was there before us."""
+    ca_hash: str | None = None
+    """SHA-256 (64 hex) of ``server/tls/server-ca.crt``, where there is one."""
+    cluster_server: str | None = None
+    """The https URL that an existing node of another cluster was told to join, if any."""
+    fsync_ms: float | None = None
+    """Median latency of an 8 KiB write and fdatasync in the data directory's file system."""
+    shared_flags: Mapping[str, str] = field(default_factory=dict)
+    """This machine's own settings of the flags that all servers must share (K3S.md 4);
+    values are canonical strings (JSON for what is no string)."""
+
+
+class Action(StrEnum):
+    """What an order asks of ``k3sagentd apply``."""
+
+    INIT = "init"
+    PREPARE = "prepare"
+    JOIN = "join"
+    STAND_DOWN = "stand-down"
+
+
+class ServerOrAgent(StrEnum):
+    """K3s's two roles."""
+
+    SERVER = "server"
+    AGENT = "agent"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """What this node's K3s should be. Written by the unprivileged daemon, obeyed by root after
+    strict checks; never holds a secret, a path or a command."""
+
+    action: Action
+    epoch: int
+    role: ServerOrAgent
+    node_name: str
+    servers: tuple[str, ...] = ()
+    """Registration addresses (``https://host:6443``), best first; for JOIN."""
+    ca_hash: str | None = None
+    """64 hex; for JOIN. What ``/cacerts`` of each server must have."""
+    k3s_version: str | None = None
+    """Version to install so that all nodes run the same; None: what the configuration says."""
+    shared_flags: Mapping[str, str] = field(default_factory=dict)
+    """Flags handed out with the registration; for JOIN of a server."""
+    attempt: int = 0
+    """Counts retries, so that a retry is a different order."""
+
+
+class Outcome(StrEnum):
+    """How an order ended, or how far it is."""
+
+    RUNNING = "running"
+    DONE = "done"
+    FAILED = "failed"
+    """May succeed when tried again."""
+    FAILED_FOR_GOOD = "failed-for-good"
+    """Will not succeed without a person (or at all) on this machine."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """What ``apply`` says of an order, step by step."""
+
+    order: Order
+    outcome: Outcome
+    step: str
+    """The step that runs, or the one that failed, as people read it."""
+    reason: str | None = None
+    """For a failure: what failed, found, expected, to do."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class K3sState:
+    """What a probe of the running K3s shows."""
+
+    running: bool = False
+    ready: bool = False
+    ca_hash: str | None = None
+    """SHA-256 of ``/cacerts`` (only a server that is ready has one)."""
+    version: str | None = None
+    detail: str = "K3s is not running"
+    """One phrase: what the probe found."""

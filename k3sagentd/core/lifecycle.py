@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The life of a node as one table: in which phase, on what condition, what comes next, and why.
+
+``advance`` applies the first rule that holds until none does. A node changes its phase here and
+nowhere else; what a phase orders of K3s is in ``drive``, what it votes in ``election``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from k3sagentd.core import drive, guards
+from k3sagentd.core.k3s import Action, K3sState, Outcome
+from k3sagentd.core.turn import Turn
+from k3sagentd.core.words import NodePhase
+
+P = NodePhase
+RULES_PER_EVENT_LIMIT = 12
+"""More changes of phase than this in one step is a circle in the table, that is: a bug."""
+
+
+# --- conditions -----------------------------------------------------------------------------
+
+
+def in_conflict(turn: Turn) -> bool:
+    """Two clusters, or two logs, under one token."""
+    return guards.conflict(turn.node) is not None
+
+
+def conflict_is_over(turn: Turn) -> bool:
+    """Only one cluster is left to see."""
+    return not in_conflict(turn)
+
+
+def abandoned_here(turn: Turn) -> bool:
+    """The epoch in which this node was to start the cluster was abandoned."""
+    return drive.must_stand_down(turn.node)
+
+
+def has_stood_down(turn: Turn) -> bool:
+    """K3s is stopped and its data moved aside."""
+    order = turn.node.drive.order
+    done = turn.node.drive.outcome is Outcome.DONE
+    return order is not None and order.action is Action.STAND_DOWN and done
+
+
+def is_sealed(turn: Turn) -> bool:
+    """The cluster exists."""
+    return turn.node.seal is not None
+
+
+def is_nominated_here(turn: Turn) -> bool:
+    """This node may start the cluster."""
+    return turn.node.seal is None and turn.node.is_init
+
+
+def is_nominated_elsewhere(turn: Turn) -> bool:
+    """Another node may start the cluster."""
+    return turn.node.nomination is not None and not turn.node.is_init
+
+
+def nobody_is_nominated(turn: Turn) -> bool:
+    """No epoch is under way: it was abandoned, or none has begun."""
+    return turn.node.nomination is None
+
+
+def may_elect(turn: Turn) -> bool:
+    """All expected machines are here; or a quorum is, and nothing new came for a while."""
+    node = turn.node
+    if guards.may_not_propose(node) is not None:
+        return False
+    return node.seen == node.nodes or turn.now_s >= node.last_new_s + node.site.settle_s
+
+
+def may_not_elect(turn: Turn) -> bool:
+    """Too few machines, too many, or machines that disagree."""
+    return guards.may_not_propose(turn.node) is not None
+
+
+def k3s_is_ready(turn: Turn) -> bool:
+    """The probe finds this machine's K3s ready, and it is of the sealed cluster."""
+    state, seal = turn.node.k3s, turn.node.seal
+    return state.ready and seal is not None and state.ca_hash in (None, seal.ca_hash)
+
+
+def k3s_is_not_ready(turn: Turn) -> bool:
+    """K3s stopped answering; its own unit restarts it."""
+    return not turn.node.k3s.ready
+
+
+def cannot_join(turn: Turn) -> bool:
+    """A person is needed: a flag differs, or the install failed for good."""
+    node = turn.node
+    return drive.flag_mismatch(node) is not None or node.drive.outcome is Outcome.FAILED_FOR_GOOD
+
+
+def may_try_again(turn: Turn) -> bool:
+    """What stood in the way is gone, or it is time to look whether it is."""
+    node = turn.node
+    due = node.drive.retry_at_s is None or turn.now_s >= node.drive.retry_at_s
+    return drive.flag_mismatch(node) is None and due
+
+
+# --- actions --------------------------------------------------------------------------------
+
+
+def nothing(turn: Turn) -> None:
+    """The change of phase is all."""
+
+
+def begin_anew(turn: Turn) -> None:
+    """Leave an epoch that is over."""
+    drive.reset(turn)
+    turn.set(last_new_s=turn.now_s, k3s=K3sState())
+
+
+def forget_the_epoch(turn: Turn) -> None:
+    """The data is aside: from here on this node is like any other."""
+    turn.persist(started_epoch=None, forced=False)
+    begin_anew(turn)
+
+
+def try_again(turn: Turn) -> None:
+    """The order that failed is due; ``drive`` gives it again, as a new attempt."""
+    turn.drive(outcome=Outcome.FAILED)
+
+
+# --- the table ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rule:
+    """One row: in one of ``phases``, when ``when`` holds, do ``then`` and be in ``next``."""
+
+    phases: frozenset[NodePhase]
+    when: Callable[[Turn], bool]
+    next: NodePhase
+    then: Callable[[Turn], None] = nothing
+    why: str
+
+
+def _rule(
+    phases: tuple[NodePhase, ...],
+    when: Callable[[Turn], bool],
+    next_phase: NodePhase,
+    why: str,
+    then: Callable[[Turn], None] = nothing,
+) -> Rule:
+    return Rule(phases=frozenset(phases), when=when, next=next_phase, then=then, why=why)
+
+
+BEFORE_THE_SEAL = (P.DISCOVERING, P.ELECTING, P.WAITING, P.INITIALISING)
+
+TABLE: tuple[Rule, ...] = (
+    _rule(
+        (*BEFORE_THE_SEAL, P.JOINING, P.FAILED, P.CONFLICT),
+        abandoned_here,
+        P.STANDING_DOWN,
+        "no one ever joined this cluster; it must be gone before the node joins another",
+        begin_anew,
+    ),
+    _rule(
+        (P.STANDING_DOWN,),
+        has_stood_down,
+        P.DISCOVERING,
+        "the data is aside, nothing is left that could be taken for a cluster",
+        forget_the_epoch,
+    ),
+    _rule(
+        (*BEFORE_THE_SEAL, P.JOINING, P.FAILED),
+        in_conflict,
+        P.CONFLICT,
+        "which of two clusters is meant is not ours to guess",
+    ),
+    _rule((P.CONFLICT,), conflict_is_over, P.DISCOVERING, "one cluster is left", begin_anew),
+    _rule(
+        BEFORE_THE_SEAL,
+        is_sealed,
+        P.JOINING,
+        "the cluster exists; whoever is not in it yet joins it",
+    ),
+    _rule(
+        (P.DISCOVERING, P.ELECTING, P.WAITING),
+        is_nominated_here,
+        P.INITIALISING,
+        "a quorum chose this node to start the cluster",
+        begin_anew,
+    ),
+    _rule(
+        (P.DISCOVERING, P.ELECTING),
+        is_nominated_elsewhere,
+        P.WAITING,
+        "no other node touches K3s before the seal",
+    ),
+    _rule(
+        (P.WAITING, P.INITIALISING),
+        nobody_is_nominated,
+        P.DISCOVERING,
+        "the epoch was abandoned before this node started anything",
+        begin_anew,
+    ),
+    _rule(
+        (P.DISCOVERING,),
+        may_elect,
+        P.ELECTING,
+        "a quorum is here and agrees on what the site is",
+    ),
+    _rule(
+        (P.ELECTING,),
+        may_not_elect,
+        P.DISCOVERING,
+        "without a quorum that agrees, waiting is all that is allowed",
+    ),
+    _rule((P.JOINING, P.FAILED), k3s_is_ready, P.READY, "K3s runs as a part of the cluster"),
+    _rule((P.READY,), k3s_is_not_ready, P.JOINING, "what is not ready is not handed out"),
+    _rule((P.JOINING,), cannot_join, P.FAILED, "a person must look"),
+    _rule((P.FAILED,), may_try_again, P.JOINING, "perhaps a person has looked", try_again),
+)
+
+
+def advance(turn: Turn) -> None:
+    """Apply the table until no rule holds."""
+    for _ in range(RULES_PER_EVENT_LIMIT):
+        rule = next((r for r in TABLE if turn.node.phase in r.phases and r.when(turn)), None)
+        if rule is None:
+            return
+        before = turn.node.phase
+        turn.set(phase=rule.next, phase_since_s=turn.now_s)
+        rule.then(turn)
+        turn.report(f"{before} -> {rule.next}: {rule.why}")
+    raise AssertionError(f"the table goes in circles at {turn.node.phase}")

@@ -1,0 +1,326 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one door to the core: ``step(node, event) -> (node, effects)``, and ``deadline(node)``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import assert_never
+
+from k3sagentd.core import drive, election, guards, lifecycle, ranking
+from k3sagentd.core.effects import Announce, Effect
+from k3sagentd.core.events import (
+    AddressChanged,
+    CloneSeen,
+    Event,
+    FactsRead,
+    HelloReceived,
+    InitForced,
+    K3sProbed,
+    MessageReceived,
+    PeerLost,
+    PeerRefused,
+    PersistFailed,
+    PersistRecovered,
+    ResultRead,
+    Tick,
+)
+from k3sagentd.core.hello import own_hello
+from k3sagentd.core.log import Abandon, Nominate, Seal, is_nomination
+from k3sagentd.core.messages import (
+    Accept,
+    Accepted,
+    Cloned,
+    Fetch,
+    Hello,
+    Intent,
+    Learned,
+    Message,
+    Prepare,
+    Promise,
+    Registration,
+    RegistrationRequest,
+    Reject,
+)
+from k3sagentd.core.state import (
+    PEERS_LIMIT,
+    REFUSED_LIMIT,
+    Accepting,
+    Durable,
+    Node,
+    Peer,
+    Preparing,
+    Site,
+)
+from k3sagentd.core.turn import Turn
+from k3sagentd.core.words import NodeId, NodePhase, short
+
+FLIPS_OF_CLONES = 2
+"""A restart changes the instance once, a late answer may change it back once; clones go on."""
+FETCH_S = 2.0
+"""Before a peer that knows more is asked again."""
+CLONED = (
+    "another live machine has this node's identity ({address}); run k3sagentd reset on one of them"
+)
+
+
+def new_node(site: Site, durable: Durable, now_s: float) -> Node:
+    """A node as it is when its daemon starts."""
+    return Node(site=site, durable=durable, started_s=now_s, phase_since_s=now_s, last_new_s=now_s)
+
+
+def step(node: Node, event: Event) -> tuple[Node, tuple[Effect, ...]]:
+    """Take in one event. Pure: the same node and event give the same result.
+
+    The effects must be carried out in order (see ``effects``).
+    """
+    turn = Turn(replace(node, now_s=event.now_s), event.now_s)
+    _absorb(turn, event)
+    lifecycle.advance(turn)
+    _campaign(turn)
+    lifecycle.advance(turn)
+    drive.run(turn)
+    _announce(turn)
+    return turn.node, tuple(turn.effects)
+
+
+def _absorb(turn: Turn, event: Event) -> None:
+    match event:
+        case Tick():
+            pass
+        case HelloReceived(hello=hello):
+            _on_hello(turn, hello)
+        case PeerLost(peer=peer):
+            _on_lost(turn, peer)
+        case PeerRefused(address=address, reason=reason):
+            refused = {**turn.node.refused, address: reason}
+            turn.set(refused=dict(list(refused.items())[-REFUSED_LIMIT:]))
+        case MessageReceived(sender=sender, message=message):
+            _on_message(turn, sender, message)
+        case CloneSeen(address=address):
+            _mute(turn, CLONED.format(address=address))
+        case AddressChanged(address=address):
+            turn.set(address=address)
+        case FactsRead(facts=facts):
+            turn.set(facts=facts)
+        case ResultRead(result=result):
+            drive.on_result(turn, result)
+        case K3sProbed(state=state):
+            turn.set(k3s=state)
+        case InitForced():
+            _on_forced(turn)
+        case PersistFailed(reason=reason):
+            turn.set(storage_failure=reason)
+        case PersistRecovered():
+            turn.set(storage_failure=None)
+        case _:
+            assert_never(event)
+
+
+# --- peers ----------------------------------------------------------------------------------
+
+
+def _on_hello(turn: Turn, hello: Hello) -> None:
+    node = turn.node
+    if hello.node == node.id:
+        if hello.instance != node.site.instance:
+            _mute(turn, CLONED.format(address=hello.address or "address unknown"))
+        return
+    before = node.peers.get(hello.node)
+    if before is None:
+        if len(node.peers) >= PEERS_LIMIT:
+            return
+        peer = Peer(hello=hello, up=True, heard_s=turn.now_s)
+    else:
+        older = hello.instance == before.hello.instance and (hello.revision < before.hello.revision)
+        peer = replace(before, up=True, heard_s=turn.now_s, hello=before.hello if older else hello)
+        if hello.instance != before.hello.instance:
+            back = hello.instance == before.earlier_instance
+            flips = before.flips + 1 if back else 0
+            peer = replace(peer, earlier_instance=before.hello.instance, flips=flips)
+            if flips >= FLIPS_OF_CLONES:
+                turn.send(hello.node, Cloned(address=before.hello.address))
+    news = before is None or not before.up
+    refused = {a: r for a, r in node.refused.items() if a != hello.address}
+    turn.set(
+        peers={**node.peers, hello.node: peer},
+        last_new_s=turn.now_s if news else node.last_new_s,
+        refused=refused if len(refused) != len(node.refused) else node.refused,
+    )
+    if news:
+        turn.report(
+            f"sees {turn.node.name_of(hello.node)} ({short(hello.node)}) at {hello.address}: "
+            f"{turn.node.seen} of {turn.node.nodes} machines here"
+        )
+
+
+def _on_lost(turn: Turn, peer_id: NodeId) -> None:
+    peer = turn.node.peers.get(peer_id)
+    if peer is None or not peer.up:
+        return
+    turn.set(peers={**turn.node.peers, peer_id: replace(peer, up=False, heard_s=turn.now_s)})
+    turn.report(
+        f"lost {turn.node.name_of(peer_id)} ({short(peer_id)}): "
+        f"{turn.node.seen} of {turn.node.nodes} machines here"
+    )
+
+
+def _catch_up(turn: Turn) -> None:
+    """Ask a peer that knows more entries for them."""
+    node = turn.node
+    for hello in node.up:
+        peer = node.peers[hello.node]
+        if hello.log_length > len(node.log) and turn.now_s >= peer.fetch_s + FETCH_S:
+            turn.set(peers={**node.peers, hello.node: replace(peer, fetch_s=turn.now_s)})
+            turn.send(hello.node, Fetch(first=len(node.log)))
+            return
+
+
+def _mute(turn: Turn, reason: str) -> None:
+    """Never vote again under this identity; what is durable says so too."""
+    if turn.node.durable.muted is None:
+        turn.persist(muted=reason)
+        turn.set(proposal=None)
+        turn.report(reason)
+
+
+# --- messages -------------------------------------------------------------------------------
+
+
+def _on_message(turn: Turn, sender: NodeId, message: Message) -> None:
+    node = turn.node
+    peer = node.peers.get(sender)
+    if peer is not None and not peer.up:
+        turn.set(peers={**node.peers, sender: replace(peer, heard_s=turn.now_s)})
+    match message:
+        case Prepare():
+            turn.send(sender, election.answer_prepare(turn, sender, message))
+        case Accept():
+            turn.send(sender, election.answer_accept(turn, sender, message))
+        case Promise():
+            election.on_promise(turn, sender, message)
+        case Accepted():
+            election.on_accepted(turn, sender, message)
+        case Reject():
+            election.on_reject(turn, sender, message)
+        case Learned():
+            election.learn(turn, message)
+        case Fetch(first=first):
+            if first < len(node.log):
+                turn.send(sender, election.chosen_from(node, first))
+        case Cloned(address=address):
+            _mute(turn, CLONED.format(address=address or "address unknown"))
+        case RegistrationRequest(role=role):
+            answer = drive.registration(node, sender, role)
+            if answer is not None:
+                turn.send(sender, answer)
+        case Registration():
+            drive.on_registration(turn, message)
+        case _:
+            assert_never(message)
+
+
+# --- ballots of our own ---------------------------------------------------------------------
+
+
+def _campaign(turn: Turn) -> None:
+    """Go on with our ballot, or open one when it is our turn."""
+    _catch_up(turn)
+    if turn.node.proposal is not None:
+        election.advance(turn)
+        return
+    plan = _plan(turn.node, turn.now_s)
+    if plan is not None and turn.now_s >= plan[0]:
+        _, intent, wanted = plan
+        election.propose(turn, intent, wanted)
+
+
+def _plan(node: Node, now_s: float) -> tuple[float, Intent, Seal | Abandon | None] | None:
+    """When this node would open a ballot, and what for; None while it has no cause to."""
+    if node.seal is not None or node.facts is None or node.seen < node.quorum:
+        return None
+    earliest_s = node.propose_not_before_s
+    if is_nomination(len(node.log)):
+        turn_of = _position(node)
+        if node.phase is not NodePhase.ELECTING or turn_of is None:
+            return None
+        at_s = node.phase_since_s + turn_of * election.STAGGER_S
+        return max(at_s, earliest_s), Intent.NOMINATE, None
+    if node.is_init:
+        if seal := drive.own_seal(node):
+            return earliest_s, Intent.SEAL, seal
+        if reason := drive.init_failure(node, now_s):
+            return earliest_s, Intent.ABANDON, Abandon(reason=reason)
+        return None
+    nomination = node.nomination
+    if nomination is None:
+        return None
+    peer = node.peers.get(nomination.init)
+    if peer is not None and peer.up:
+        return None
+    silent_since_s = peer.heard_s if peer else node.started_s
+    at_s = silent_since_s + node.site.abandon_after_s
+    at_s += (_position(node) or 0) * election.STAGGER_S
+    reason = f"{node.name_of(nomination.init)} was not heard for {node.site.abandon_after_s:.0f} s"
+    return max(at_s, earliest_s), Intent.ABANDON, Abandon(reason=reason)
+
+
+def _position(node: Node) -> int | None:
+    """Our place among those here who may propose, 0 being first."""
+    order = [hello.node for hello in ranking.ranked(node, (own_hello(node), *node.up))]
+    return order.index(node.id) if node.id in order else None
+
+
+def _on_forced(turn: Turn) -> None:
+    """The operator stands in for the quorum: enter what is missing and go on from there."""
+    node = turn.node
+    if node.seal is not None or node.is_init or guards.conflict(node):
+        return
+    entries: tuple[Nominate | Abandon, ...] = ()
+    if not is_nomination(len(node.log)):
+        entries = (Abandon(reason="the operator forced another init node"),)
+    entries = (*entries, Nominate(init=node.id, servers=(node.id,)))
+    turn.persist(forced=True)
+    election.learn(turn, Learned(first=len(node.log), entries=entries), announce=True)
+
+
+# --- outward --------------------------------------------------------------------------------
+
+
+def _announce(turn: Turn) -> None:
+    hello = own_hello(turn.node)
+    if hello != turn.node.announced:
+        turn.set(announced=hello)
+        turn.effects.append(Announce(hello=hello))
+
+
+def deadline(node: Node) -> float | None:
+    """When the core next wants a Tick, in monotonic seconds; None: not before another event.
+
+    What was due at the last step and did not happen waits for something else than time.
+    """
+    return min((at_s for at_s in _deadlines(node) if at_s > node.now_s), default=None)
+
+
+def _deadlines(node: Node) -> Iterator[float]:
+    proposal = node.proposal
+    if isinstance(proposal, Preparing):
+        if len(proposal.promises) >= node.quorum:
+            yield proposal.grace_until_s
+        yield proposal.deadline_s
+    elif isinstance(proposal, Accepting):
+        yield proposal.deadline_s
+    elif plan := _plan(node, -math.inf):
+        yield plan[0]
+    if node.phase is NodePhase.DISCOVERING and guards.may_not_propose(node) is None:
+        yield node.last_new_s + node.site.settle_s
+    if node.drive.retry_at_s is not None:
+        yield node.drive.retry_at_s
+    if node.phase is NodePhase.JOINING:
+        yield node.drive.asked_s + drive.ASK_S
+    if node.phase is NodePhase.INITIALISING and node.drive.first_order_s is not None:
+        yield node.drive.first_order_s + node.site.abandon_after_s
+    for hello in node.up:
+        if hello.log_length > len(node.log):
+            yield node.peers[hello.node].fetch_s + FETCH_S

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What nodes say to each other. The sender's id is not in here: TLS vouches for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from k3sagentd.core.k3s import Datastore, ServerOrAgent
+from k3sagentd.core.log import Value
+from k3sagentd.core.paxos import Ballot, Proposal
+from k3sagentd.core.words import NodeId, NodePhase, Role
+
+
+class Intent(StrEnum):
+    """What a proposer means to propose where it is free to choose."""
+
+    NOMINATE = "nominate"
+    SEAL = "seal"
+    ABANDON = "abandon"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hello:
+    """What a node tells of itself to whoever knocks; newer ones replace older ones."""
+
+    node: NodeId
+    instance: str
+    """Random for each start of the daemon: two at a time under one node id are clones."""
+    revision: int
+    """Grows with each change within one instance, so that an old answer is not taken as new."""
+    hostname: str
+    node_name: str | None
+    """K3s's node name, once chosen."""
+    address: str | None
+    """IP address of the chosen interface."""
+    port: int
+    nodes: int
+    servers: int
+    role: Role
+    fitness: int
+    """0 is best: the class of fsync latency (``ranking.fitness_class``)."""
+    may_vote: bool
+    has_voted: bool
+    """Whether its bootstrap log is not empty: it voted or learned something."""
+    log_length: int
+    existing: str | None
+    """The cluster that its K3s data belongs to, where that was there before the site."""
+    datastore: Datastore
+    phase: NodePhase
+    k3s_role: ServerOrAgent | None
+    prepared: bool
+    """Downloaded and preflight passed: joining takes only a start."""
+    server_url: str | None
+    """``https://host:6443`` while its server is ready."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepare:
+    """Phase 1a. The intent lets acceptors that hear the init node refuse to abandon it."""
+
+    decree: int
+    ballot: Ballot
+    intent: Intent
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Promise:
+    """Phase 1b."""
+
+    decree: int
+    ballot: Ballot
+    accepted: Proposal | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Accept:
+    """Phase 2a."""
+
+    decree: int
+    ballot: Ballot
+    value: Value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Accepted:
+    """Phase 2b."""
+
+    decree: int
+    ballot: Ballot
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reject:
+    """No promise, or no acceptance, and why."""
+
+    decree: int
+    ballot: Ballot
+    promised: Ballot | None
+    """The higher ballot that stands in the way, if that is the reason."""
+    log_length: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Learned:
+    """Chosen entries from number ``first`` on."""
+
+    first: int
+    entries: tuple[Value, ...]
+    votes: int | None = None
+    """Acceptances that the proposer had counted for the last entry; only for people."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fetch:
+    """Asks for the chosen entries from number ``first`` on."""
+
+    first: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RegistrationRequest:
+    """Asks a node of a sealed site where to join."""
+
+    role: ServerOrAgent
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Registration:
+    """Where to join, and what the cluster requires (design, 4.5)."""
+
+    servers: tuple[str, ...]
+    """Registration addresses, in this joiner's own order."""
+    ca_hash: str
+    k3s_version: str | None = None
+    shared_flags: Mapping[str, str] = field(default_factory=dict)
+    role: ServerOrAgent = ServerOrAgent.AGENT
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cloned:
+    """Tells a node that two live machines answer under its id, seen by a third."""
+
+    address: str | None
+
+
+Message = (
+    Prepare
+    | Promise
+    | Accept
+    | Accepted
+    | Reject
+    | Learned
+    | Fetch
+    | Cloned
+    | RegistrationRequest
+    | Registration
+)

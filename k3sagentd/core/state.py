@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All that a node knows, as one immutable value.
+
+``Site`` is what the operator set, ``Durable`` what must survive a power cut, the rest is gone
+with the process and learned again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from k3sagentd.core import log as entries
+from k3sagentd.core import paxos
+from k3sagentd.core.k3s import Facts, K3sState, Order, Outcome, Result
+from k3sagentd.core.log import Log, Value
+from k3sagentd.core.messages import Hello, Intent, Registration
+from k3sagentd.core.paxos import Acceptor, Ballot, Proposal
+from k3sagentd.core.words import NodeId, NodePhase, Role
+
+REFUSED_LIMIT = 16
+"""Addresses that are remembered as refused: strangers fill this table."""
+PEERS_LIMIT = 512
+"""Authenticated peers that are remembered; the ones beyond are not taken in."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Site:
+    """What is configured and does not change while the daemon runs."""
+
+    nodes: int
+    servers: int
+    role: Role
+    election_key: bytes
+    hostname: str
+    instance: str
+    port: int = 6440
+    settle_s: float = 3.0
+    abandon_after_s: float = 1800.0
+    registration_address: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Durable:
+    """What must not be forgotten. Written whole before anything that depends on it."""
+
+    node: NodeId
+    nodes: int | None = None
+    """``nodes`` as it was at the first vote."""
+    log: Log = ()
+    acceptor: Acceptor = field(default_factory=Acceptor)
+    """The votes for decree ``len(log)``, the one that is open."""
+    muted: str | None = None
+    """Why this identity must never vote again, if so."""
+    started_epoch: int | None = None
+    """Epoch in which we were told to start a cluster, until we stood down from it."""
+    forced: bool = False
+    """The operator made this the init node, not a quorum."""
+    node_name: str | None = None
+    """K3s's name for this node; never changes once chosen."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Peer:
+    """Another authenticated node, as far as we heard of it."""
+
+    hello: Hello
+    up: bool
+    heard_s: float
+    """When we last heard of it; while ``up`` we hear it now."""
+    fetch_s: float = float("-inf")
+    """When we last asked it for entries."""
+    earlier_instance: str | None = None
+    """The instance before ``hello.instance``: if it comes back, two machines share the id."""
+    flips: int = 0
+    """How often in a row it came back."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preparing:
+    """Phase 1 of our own ballot is under way."""
+
+    decree: int
+    ballot: Ballot
+    intent: Intent
+    wanted: Value | None
+    """What we propose if free; None: chosen from those that promised."""
+    promises: Mapping[NodeId, Proposal | None]
+    grace_until_s: float
+    deadline_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Accepting:
+    """Phase 2 of our own ballot is under way."""
+
+    decree: int
+    ballot: Ballot
+    value: Value
+    accepted: frozenset[NodeId]
+    deadline_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drive:
+    """Where the drive of this machine's K3s stands."""
+
+    order: Order | None = None
+    outcome: Outcome = Outcome.DONE
+    result: Result | None = None
+    """The last word of ``apply`` on ``order``."""
+    retry_at_s: float | None = None
+    first_order_s: float | None = None
+    """When this action was first ordered."""
+    prepared: bool = False
+    registration: Registration | None = None
+    asked_s: float = float("-inf")
+    """When we last asked for a registration, and ``asked`` whom."""
+    asked: NodeId | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Node:
+    """One node of a site: the state of the machine in ``machine.step``."""
+
+    site: Site
+    durable: Durable
+    started_s: float
+    now_s: float = 0.0
+    """The time of the last event."""
+    phase: NodePhase = NodePhase.DISCOVERING
+    phase_since_s: float = 0.0
+    peers: Mapping[NodeId, Peer] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
+    last_new_s: float = 0.0
+    """When something new was last seen on the wire."""
+    proposal: Preparing | Accepting | None = None
+    failures: int = 0
+    """Our ballots for the open decree that came to nothing."""
+    propose_not_before_s: float = 0.0
+    highest_round: int = 0
+    """The highest round seen for the open decree."""
+    votes: Mapping[int, int] = field(default_factory=dict)
+    """Acceptances counted by the proposer of an entry, where it told us."""
+    last_reject: str | None = None
+    facts: Facts | None = None
+    """None until root has looked: without facts this node does nothing that needs them."""
+    k3s: K3sState = field(default_factory=K3sState)
+    drive: Drive = field(default_factory=Drive)
+    address: str | None = None
+    storage_failure: str | None = None
+    split: str | None = None
+    """A peer's log contradicts ours: what must never happen, happened; nobody moves."""
+    announced: Hello | None = None
+
+    @property
+    def id(self) -> NodeId:
+        """Our own node id."""
+        return self.durable.node
+
+    @property
+    def nodes(self) -> int:
+        """The number of voters: frozen with the first vote."""
+        return self.durable.nodes if self.durable.nodes is not None else self.site.nodes
+
+    @property
+    def quorum(self) -> int:
+        """How many must agree."""
+        return paxos.quorum(self.nodes)
+
+    @property
+    def log(self) -> Log:
+        """The chosen entries, as far as learned."""
+        return self.durable.log
+
+    @property
+    def up(self) -> tuple[Hello, ...]:
+        """The peers that we hear now, by id."""
+        return tuple(self.peers[i].hello for i in sorted(self.peers) if self.peers[i].up)
+
+    @property
+    def seen(self) -> int:
+        """Machines that are here now, this one included."""
+        return 1 + sum(peer.up for peer in self.peers.values())
+
+    @property
+    def nomination(self) -> entries.Nominate | None:
+        """The nomination under way or sealed."""
+        return entries.nomination_of(self.log)
+
+    @property
+    def seal(self) -> entries.Seal | None:
+        """The seal, once learned."""
+        return entries.seal_of(self.log)
+
+    @property
+    def is_init(self) -> bool:
+        """Whether this node is the init node of the epoch that is under way or sealed."""
+        return self.nomination is not None and self.nomination.init == self.id
+
+    def name_of(self, node: NodeId) -> str:
+        """What people call ``node``: its name with the start of its id."""
+        if node == self.id:
+            return self.durable.node_name or self.site.hostname
+        peer = self.peers.get(node)
+        if peer is None:
+            return node[:8]
+        return peer.hello.node_name or peer.hello.hostname
+
+    def hears(self, node: NodeId, now_s: float, within_s: float) -> bool:
+        """Whether we hear ``node`` now or did so within the last ``within_s`` seconds.
+
+        Who was never heard counts as heard at our own start: a restart must not make us hasty.
+        """
+        if node == self.id:
+            return True
+        peer = self.peers.get(node)
+        if peer is not None and peer.up:
+            return True
+        return now_s - (peer.heard_s if peer else self.started_s) < within_s

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a node says of itself and of the site: the JSON of the design, section 6.
+
+``waiting_for`` is the one line that a person reads at every moment; None only when all is done.
+"""
+
+from __future__ import annotations
+
+from typing import Any, assert_never
+
+from k3sagentd.core import drive, guards, log, ranking
+from k3sagentd.core.hello import k3s_role, own_hello
+from k3sagentd.core.k3s import Outcome, ServerOrAgent
+from k3sagentd.core.messages import Hello
+from k3sagentd.core.state import Accepting, Node, Preparing
+from k3sagentd.core.words import NodePhase, SitePhase
+
+
+def site_phase(node: Node) -> SitePhase:
+    """Where the site stands, as this node sees it."""
+    if node.phase is NodePhase.CONFLICT:
+        return SitePhase.CONFLICT
+    if node.seal is not None:
+        return SitePhase.SEALED
+    if node.nomination is not None:
+        return SitePhase.NOMINATED
+    return SitePhase.ELECTING if node.phase is NodePhase.ELECTING else SitePhase.DISCOVERING
+
+
+def waiting_for(node: Node, now_s: float) -> str | None:
+    """What this node waits for, in one line."""
+    line = _waiting_for(node, now_s)
+    if line is not None and node.refused and node.phase is not NodePhase.READY:
+        address, reason = list(node.refused.items())[-1]
+        line += f" ({address} was refused: {reason})"
+    return line
+
+
+def _waiting_for(node: Node, now_s: float) -> str | None:
+    if node.storage_failure:
+        return f"a disk that takes its state: {node.storage_failure}"
+    if node.facts is None:
+        return "the facts about this machine's disk (written by k3sagentd facts)"
+    if node.address is None:
+        return "an address on the network interface"
+    match node.phase:
+        case NodePhase.UNCONFIGURED:
+            return "a configuration"
+        case NodePhase.DISCOVERING:
+            return _discovering(node, now_s)
+        case NodePhase.ELECTING:
+            return _electing(node)
+        case NodePhase.INITIALISING:
+            return _initialising(node, now_s)
+        case NodePhase.WAITING:
+            return _init_node(node, now_s)
+        case NodePhase.JOINING | NodePhase.STANDING_DOWN:
+            return _joining(node, now_s)
+        case NodePhase.CONFLICT:
+            return f"a person: {guards.conflict(node)}"
+        case NodePhase.FAILED:
+            return f"a person: {drive.flag_mismatch(node) or _result(node, now_s)}"
+        case NodePhase.READY:
+            return None
+        case _:
+            assert_never(node.phase)
+
+
+def _discovering(node: Node, now_s: float) -> str:
+    if trouble := guards.quorum_missing(node):
+        # What must be mended by hand is said even where machines are missing as well.
+        return node.durable.muted or trouble
+    if trouble := guards.may_not_propose(node):
+        return trouble
+    left_s = max(0.0, node.last_new_s + node.site.settle_s - now_s)
+    return f"{node.seen} of {node.nodes} machines here; the others have {left_s:.0f} s more to come"
+
+
+def _electing(node: Node) -> str:
+    match node.proposal:
+        case Preparing(promises=promises):
+            return f"promises: {len(promises)} of {node.nodes} so far, {node.quorum} needed"
+        case Accepting(accepted=accepted):
+            return f"votes: {len(accepted)} of {node.nodes} so far, {node.quorum} needed"
+        case None:
+            pass
+    order = ranking.ranked(node, (own_hello(node), *node.up))
+    if not order:
+        return "a machine that may be a server: all here have role: agent or may not vote"
+    again = f" (last time: {node.last_reject})" if node.last_reject else ""
+    return f"{node.name_of(order[0].node)}, which ranks first, to be nominated{again}"
+
+
+def _init_node(node: Node, now_s: float) -> str:
+    nomination = node.nomination
+    assert nomination is not None, "nobody waits without a nomination"
+    name = node.name_of(nomination.init)
+    peer = node.peers.get(nomination.init)
+    if peer is not None and peer.up:
+        return f"{name} to start the cluster"
+    silent_s = now_s - (peer.heard_s if peer else node.started_s)
+    after_s = node.site.abandon_after_s
+    if silent_s < after_s:
+        until = f"another is chosen after {duration(after_s)}"
+    else:
+        until = guards.quorum_missing(node) or "another is being chosen"
+    return f"{name} to start the cluster; it was not heard for {duration(silent_s)}, {until}"
+
+
+def _initialising(node: Node, now_s: float) -> str:
+    if node.drive.order is None and not drive.may_initialise(node):
+        return guards.quorum_missing(node) or "the newest entries of the bootstrap log"
+    if reason := drive.init_failure(node, now_s):
+        return f"{node.quorum} of {node.nodes} to abandon this node: {reason}"
+    if drive.own_seal(node) is not None:
+        missing = guards.quorum_missing(node) or node.last_reject
+        return f"a quorum to seal the cluster{f': {missing}' if missing else ''}"
+    return _result(node, now_s)
+
+
+def _joining(node: Node, now_s: float) -> str:
+    if node.drive.outcome is not Outcome.DONE:
+        return _result(node, now_s)
+    barrier = drive.join_barrier(node)
+    if node.phase is NodePhase.JOINING and not drive.is_member(node):
+        if node.drive.prepared and barrier is not None and not node.drive.registration:
+            return barrier
+        if node.drive.registration is None:
+            return "a node of the site to hand out the registration address"
+    return _result(node, now_s)
+
+
+def _result(node: Node, now_s: float) -> str:
+    """How far the order that stands is, or what became of it."""
+    result, retry_at_s = node.drive.result, node.drive.retry_at_s
+    if node.drive.order is None:
+        return "K3s on this machine"
+    if node.drive.outcome is Outcome.DONE:
+        return f"K3s on this machine to be ready: {node.k3s.detail}"
+    if result is None:
+        return f"k3sagentd-apply to take the order ({node.drive.order.action})"
+    if retry_at_s is None:
+        return f"{node.drive.order.action}: {result.step}"
+    again = f"; tries again in {duration(max(0.0, retry_at_s - now_s))}"
+    return f"{node.drive.order.action} failed at «{result.step}»: {result.reason}{again}"
+
+
+def duration(seconds: float) -> str:
+    """A span as people say it: ``40 s``, ``5 min``, ``2 h``."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.0f} h"
+
+
+def shown_role(node: Node) -> str:
+    """K3s's role once it is known, else what the operator asked for."""
+    return str(k3s_role(node) or node.site.role)
+
+
+def as_json(node: Node, now_s: float) -> dict[str, Any]:
+    """What ``k3sagentd status --json`` prints."""
+    seal, nomination = node.seal, node.nomination
+    registration = drive.registration(node, node.id, ServerOrAgent.AGENT)
+    own = own_hello(node)
+    if registration and own.server_url:
+        urls = tuple(dict.fromkeys((own.server_url, *registration.servers)))
+    else:
+        urls = registration.servers if registration else ()
+    return {
+        "site": {
+            "id": None,
+            "phase": str(site_phase(node)),
+            "epoch": log.epoch(node.log),
+            "nodes": node.nodes,
+            "servers": node.site.servers,
+            "seen": node.seen,
+            "quorum": node.quorum,
+            "init_node": nomination.init if nomination else None,
+            "ca_hash": seal.ca_hash if seal else None,
+            "registration": sorted(urls),
+            "votes": node.votes.get(len(node.log) - 1),
+        },
+        "node": {
+            "id": node.id,
+            "name": own.node_name or own.hostname,
+            "address": node.address,
+            "role": shown_role(node),
+            "phase": str(node.phase),
+            "waiting_for": waiting_for(node, now_s),
+            "refused": [{"address": a, "reason": r} for a, r in node.refused.items()],
+        },
+        "nodes": sorted(
+            [_row(own, 0.0), *_peer_rows(node, now_s)], key=lambda row: (row["name"], row["id"])
+        ),
+    }
+
+
+def _peer_rows(node: Node, now_s: float) -> list[dict[str, Any]]:
+    return [
+        _row(peer.hello, 0.0 if peer.up else now_s - peer.heard_s) for peer in node.peers.values()
+    ]
+
+
+def _row(hello: Hello, age_s: float) -> dict[str, Any]:
+    return {
+        "id": hello.node,
+        "name": hello.node_name or hello.hostname,
+        "address": hello.address,
+        "role": str(hello.k3s_role or hello.role),
+        "phase": str(hello.phase),
+        "age_s": round(age_s, 1),
+    }

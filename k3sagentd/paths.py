@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every path that the project reads or writes, below one root so that tests can move it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Paths:
+    """The paths of one machine; ``root`` is ``/`` except in tests."""
+
+    root: Path = Path("/")
+
+    def _at(self, path: str) -> Path:
+        return self.root / path
+
+    @property
+    def config(self) -> Path:
+        """The configuration; drop-ins are in ``config.yaml.d`` beside it."""
+        return self._at("etc/k3sagentd/config.yaml")
+
+    @property
+    def token(self) -> Path:
+        """The token, where ``token-file`` does not say otherwise."""
+        return self._at("etc/k3sagentd/token")
+
+    @property
+    def state(self) -> Path:
+        """Identity and votes: what must survive."""
+        return self._at("var/lib/k3sagentd")
+
+    @property
+    def run(self) -> Path:
+        """What is gone at the next boot."""
+        return self._at("run/k3sagentd")
+
+    @property
+    def order(self) -> Path:
+        """From the daemon to root."""
+        return self.run / "order.json"
+
+    @property
+    def result(self) -> Path:
+        """From root to the daemon: how far the order is."""
+        return self.run / "result.json"
+
+    @property
+    def facts(self) -> Path:
+        """From root to the daemon: what is on this machine."""
+        return self.run / "facts.json"
+
+    @property
+    def control(self) -> Path:
+        """The daemon's own socket, for the commands."""
+        return self.run / "control.sock"
+
+    @property
+    def supervisor(self) -> Path:
+        """Pid, lock and command of a K3s that we supervise (install method ``exec``)."""
+        return self.run / "k3s-exec.json"
+
+    @property
+    def k3s_config(self) -> Path:
+        """K3s's own configuration; its drop-ins are in ``config.yaml.d`` beside it."""
+        return self._at("etc/rancher/k3s/config.yaml")
+
+    @property
+    def dropin(self) -> Path:
+        """What we say to K3s."""
+        return self._at("etc/rancher/k3s/config.yaml.d/50-k3sagentd.yaml")
+
+    @property
+    def k3s_token(self) -> Path:
+        """The token in the form that K3s is given."""
+        return self._at("etc/rancher/k3s/k3sagentd-token")
+
+    @property
+    def k3s_data(self) -> Path:
+        """K3s's data directory."""
+        return self._at("var/lib/rancher/k3s")
+
+    @property
+    def k3s_binary(self) -> Path:
+        """Where the install script puts K3s."""
+        return self._at("usr/local/bin/k3s")
+
+    @property
+    def k3s_log(self) -> Path:
+        """Output of a K3s that we supervise."""
+        return self._at("var/log/k3s.log")

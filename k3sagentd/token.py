@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The token: made, read and judged. Who has it belongs to the site."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import secrets
+import stat
+import string
+from pathlib import Path
+
+from k3sagentd.errors import ConfigError
+
+ENTROPY_MINIMUM_BITS = 128
+SIZE_LIMIT_BYTES = 4096
+TOKEN_BYTES = 32
+NOVEL_SHARE = 0.4
+"""A token that runs or repeats in more than the rest was not drawn at random: of 32 random hex\ndigits, 18 % are neighbours on average, and 60 % in less than one of ten million."""
+KUBEADM = re.compile(r"[a-z0-9]{6}\.[a-z0-9]{16}")
+"""K3s refuses this form as a server token (K3s, pkg/clientaccess/token.go)."""
+CREATE_HINT = "make one with: k3sagentd token create"
+
+
+def generate() -> str:
+    """A fresh token of 256 bits in hex."""
+    return secrets.token_hex(TOKEN_BYTES)
+
+
+def create(path: Path) -> None:
+    """Write a fresh token to ``path``, readable by its owner alone; never overwrites."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    except FileExistsError:
+        raise ConfigError(
+            f"{path}: a token is here already; every machine of the site must have the same one, "
+            "so it is not overwritten"
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written: {error.strerror}") from error
+    with os.fdopen(fd, "w") as file:
+        file.write(generate() + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def load(path: Path) -> bytes:
+    """Read and judge the token of ``token-file``; raises ConfigError.
+
+    A credential named ``token`` that systemd passes (``LoadCredential=``, systemd.exec(5)) goes
+    before the file: then only root ever read the file.
+    """
+    directory = os.environ.get("CREDENTIALS_DIRECTORY")
+    credential = Path(directory, "token") if directory else None
+    if credential is not None and credential.exists():
+        return judge(credential, _read(credential))
+    return judge(path, _read(path, private=True))
+
+
+def _read(path: Path, *, private: bool = False) -> bytes:
+    try:
+        with path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            data = file.read(SIZE_LIMIT_BYTES + 1)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: token-file: no such file; {CREATE_HINT}") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: token-file: cannot be read: {error.strerror}") from error
+    mode = stat.S_IMODE(status.st_mode)
+    if private and mode & 0o077:
+        raise ConfigError(
+            f"{path}: token-file: mode is {mode:04o}, others can read it; allowed: 0600 (chmod "
+            f"600 {path})"
+        )
+    if len(data) > SIZE_LIMIT_BYTES:
+        raise ConfigError(f"{path}: token-file: more than {SIZE_LIMIT_BYTES} bytes")
+    return data.strip()
+
+
+def judge(path: Path, token: bytes) -> bytes:
+    """Return ``token`` if it can carry a site; raises ConfigError, never showing it."""
+    if not token:
+        raise ConfigError(f"{path}: token-file: the token is empty; {CREATE_HINT}")
+    flaw = _flaw(token)
+    if flaw:
+        raise ConfigError(f"{path}: token-file: {flaw}; {CREATE_HINT}")
+    bits = entropy_bits(token.decode())
+    if bits < ENTROPY_MINIMUM_BITS:
+        raise ConfigError(
+            f"{path}: token-file: the token has at most {bits:.0f} bits of entropy; allowed: at "
+            f"least {ENTROPY_MINIMUM_BITS}; {CREATE_HINT}"
+        )
+    return token
+
+
+def _flaw(token: bytes) -> str | None:
+    if any(byte <= 0x20 or byte >= 0x7F for byte in token):
+        return "the token has spaces, line breaks or characters beyond ASCII"
+    text = token.decode("ascii")
+    if KUBEADM.fullmatch(text):
+        return "the token has kubeadm's form, which K3s does not take as server token"
+    if text.startswith("K10") or ":" in text:
+        return "the token is in K3s's secure form or has a colon; give the plain password"
+    return None
+
+
+def entropy_bits(token: str) -> float:
+    """An estimate of the token's entropy, meant to pass every random token of 128 bits.
+
+    Its length times the bits of the alphabet that it draws from, less what repeats itself or
+    runs along the alphabet (``aaaa``, ``abcabc``, ``0123``). Words that a person strung together
+    are made of lower-case letters alone: their letters count for half (C. E. Shannon,
+    "Prediction and Entropy of Printed English", 1951, gives even less).
+    """
+    bits = len(token) * math.log2(_alphabet(token))
+    if not any(char.isupper() or char.isdigit() for char in token):
+        bits /= 2
+    novel = 1.0 - max(_share_of_runs(token), _share_of_repeats(token))
+    if novel >= NOVEL_SHARE:
+        return bits
+    return bits * novel
+
+
+def _alphabet(token: str) -> int:
+    if all(char in "0123456789abcdef" for char in token) or all(
+        char in "0123456789ABCDEF" for char in token
+    ):
+        return 16
+    if any(char.isupper() for char in token) and any(char.islower() for char in token):
+        return 64  # base64, whether or not a digit or a sign happened to be drawn
+    letters = len(string.ascii_lowercase) if any(char.isalpha() for char in token) else 0
+    digits = len(string.digits) if any(char.isdigit() for char in token) else 0
+    return letters + digits + (2 if any(not char.isalnum() for char in token) else 0)
+
+
+def _share_of_runs(token: str) -> float:
+    """The share of letters that are the one before, the next or the previous of it."""
+    pairs = zip(token, token[1:], strict=False)
+    return sum(abs(ord(a) - ord(b)) <= 1 for a, b in pairs) / len(token)
+
+
+def _share_of_repeats(token: str) -> float:
+    """The share of pieces of four letters that stood in the token before."""
+    pieces = [token[i : i + 4] for i in range(max(1, len(token) - 3))]
+    return 1 - len(set(pieces)) / len(pieces)
