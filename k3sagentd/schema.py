@@ -71,6 +71,10 @@ def from_plain(kind: Any, plain: Any, where: str = "") -> Any:
         }
     if dataclasses.is_dataclass(kind):
         return _dataclass(kind, plain, where)
+    return _scalar(kind, plain, where)
+
+
+def _scalar(kind: Any, plain: Any, where: str) -> Any:
     if isinstance(kind, type) and issubclass(kind, enum.Enum):
         try:
             return kind(plain)
@@ -82,7 +86,7 @@ def from_plain(kind: Any, plain: Any, where: str = "") -> Any:
         return float(plain)
     if isinstance(kind, typing.NewType):
         return from_plain(kind.__supertype__, plain, where)
-    _expect(type(plain) is kind, where, plain, getattr(kind, "__name__", str(kind)))
+    _expect(type(plain) is kind, where, plain, str(getattr(kind, "__name__", kind)))
     if kind is str:
         _expect(len(plain) <= STRING_LIMIT, where, "a string", f"at most {STRING_LIMIT} characters")
     return plain

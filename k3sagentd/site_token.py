@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import re
@@ -17,7 +18,8 @@ ENTROPY_MINIMUM_BITS = 128
 SIZE_LIMIT_BYTES = 4096
 TOKEN_BYTES = 32
 NOVEL_SHARE = 0.4
-"""A token that runs or repeats in more than the rest was not drawn at random: of 32 random hex\ndigits, 18 % are neighbours on average, and 60 % in less than one of ten million."""
+"""A token that runs or repeats in more than the rest was not drawn at random: of 32 random hex
+digits 18 % are neighbours on average, and 60 % in less than one case of ten million."""
 KUBEADM = re.compile(r"[a-z0-9]{6}\.[a-z0-9]{16}")
 """K3s refuses this form as a server token (K3s, pkg/clientaccess/token.go)."""
 CREATE_HINT = "make one with: k3sagentd token create"
@@ -137,7 +139,7 @@ def _alphabet(token: str) -> int:
 
 def _share_of_runs(token: str) -> float:
     """The share of letters that are the one before, the next or the previous of it."""
-    pairs = zip(token, token[1:], strict=False)
+    pairs = itertools.pairwise(token)
     return sum(abs(ord(a) - ord(b)) <= 1 for a, b in pairs) / len(token)
 
 

@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The configuration: ``config.yaml`` and its drop-ins, each setting one record (design, 3).
+
+Owns what is allowed. Every error names the file, the key, what was found and what is allowed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from k3sagentd.core.words import Role
+from k3sagentd.discovery.seeds import split
+from k3sagentd.errors import ConfigError
+from k3sagentd.paths import Paths
+from k3sagentd.yaml_files import Merged, merge
+
+NODES_LIMIT = 99
+"""Voters; a site may have any number of machines once it is sealed."""
+DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)")
+UNITS_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+VERSION = re.compile(r"v\d+\.\d+\.\d+(-[0-9A-Za-z.]+)?\+k3s\d+")
+OURS = {
+    "cluster-init": "the site decides who starts the cluster",
+    "server": "the registration address is found by the nodes",
+    "token": "set token-file of k3sagentd",
+    "token-file": "set token-file of k3sagentd",
+    "node-name": "it is the hostname, made unique where it must be",
+    "datastore-endpoint": "the cluster's datastore is embedded etcd",
+    "data-dir": "it is /var/lib/rancher/k3s",
+    "cluster-reset": "a setting that is for one run would stay",
+    "cluster-reset-restore-path": "a setting that is for one run would stay",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Install:
+    """How K3s comes onto this machine."""
+
+    method: str = "script"
+    script: str = "https://get.k3s.io"
+    script_sha256: str | None = None
+    version: str | None = None
+    channel: str = "stable"
+    binary: Path = Path("/usr/local/bin/k3s")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """One machine's configuration; durations in seconds."""
+
+    token_file: Path
+    nodes: int
+    servers: int
+    role: Role = Role.AUTO
+    interface: str | None = None
+    registration_address: str | None = None
+    seeds: tuple[str, ...] = ()
+    port: int = 6440
+    settle_s: float = 3.0
+    abandon_after_s: float = 1800.0
+    install: Install = field(default_factory=Install)
+    k3s: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One key: how to read its value (raising ValueError with what is allowed), and its field."""
+
+    key: str
+    parse: Callable[[Any], Any]
+    field: str
+
+
+def load_config(paths: Paths) -> Config:
+    """Read, merge and check the configuration; raises ConfigError."""
+    merged = merge(paths.config)
+    if not merged.files:
+        raise ConfigError(
+            f"{paths.config}: no such file; allowed: a YAML file with at least nodes: N"
+        )
+    values = _read(merged, SETTINGS, "")
+    install = _read(merged.inner("install"), INSTALL_SETTINGS, "install.")
+    if "nodes" not in values:
+        raise ConfigError(
+            f"{merged.files[0]}: nodes is missing; allowed: the number of machines that this "
+            f"site starts with, 1 to {NODES_LIMIT}"
+        )
+    nodes = values["nodes"]
+    values.setdefault("servers", 1 if nodes < 3 else 3)
+    if values["servers"] > nodes:
+        raise ConfigError(
+            f"{merged.file_of('servers')}: servers is {values['servers']}; allowed: at most nodes, "
+            f"which is {nodes}"
+        )
+    values.setdefault("token_file", paths.token)
+    values.pop("install", None)
+    return Config(**values, install=Install(**install))
+
+
+def _read(merged: Merged, settings: tuple[Setting, ...], prefix: str) -> dict[str, Any]:
+    known = {setting.key: setting for setting in settings}
+    values = {}
+    for key, value in merged.values.items():
+        file = merged.file_of(key)
+        setting = known.get(key)
+        if setting is None:
+            allowed = ", ".join(sorted(known))
+            raise ConfigError(f"{file}: {prefix}{key} is not a setting; allowed: {allowed}")
+        if value is None:
+            continue
+        try:
+            values[setting.field] = setting.parse(value)
+        except ValueError as error:
+            shown = repr(value) if isinstance(value, str) else str(value)
+            raise ConfigError(f"{file}: {prefix}{key} is {shown:.80}; allowed: {error}") from None
+    return values
+
+
+# --- parsers --------------------------------------------------------------------------------
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError("a text that is not empty")
+    return value
+
+
+def _path(value: Any) -> Path:
+    if not isinstance(value, str) or not value.startswith("/"):
+        raise ValueError("an absolute path")
+    return Path(value)
+
+
+def _integer(low: int, high: int) -> Callable[[Any], int]:
+    def parse(value: Any) -> int:
+        if type(value) is not int or not low <= value <= high:
+            raise ValueError(f"a number from {low} to {high}")
+        return value
+
+    return parse
+
+
+def _odd(value: Any) -> int:
+    if type(value) is not int or value < 1 or value % 2 == 0 or value > NODES_LIMIT:
+        raise ValueError("an odd number (etcd gains nothing from an even member), 1, 3, 5 …")
+    return value
+
+
+def _role(value: Any) -> Role:
+    if value not in list(Role):
+        raise ValueError(", ".join(Role))
+    return Role(value)
+
+
+def _choice(*allowed: str) -> Callable[[Any], str]:
+    def parse(value: Any) -> str:
+        if value not in allowed:
+            raise ValueError(", ".join(allowed))
+        return str(value)
+
+    return parse
+
+
+def _duration(value: Any) -> float:
+    match = DURATION.fullmatch(value) if isinstance(value, str) else None
+    if match is None:
+        raise ValueError("a duration such as 500ms, 3s, 30m, 2h")
+    return float(match[1]) * UNITS_S[match[2]]
+
+
+def _host(value: Any) -> str:
+    if not isinstance(value, str) or not re.fullmatch(r"[0-9A-Za-z:.-]{1,253}", value):
+        raise ValueError("an IP address or a host name")
+    return value
+
+
+def _seeds(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
+        raise ValueError("a list of host[:port]")
+    for seed in value:
+        try:
+            split(seed, 6440)
+        except ValueError as error:
+            raise ValueError(f"a list of host[:port], and {error}") from None
+    return tuple(value)
+
+
+def _script(value: Any) -> str:
+    if not isinstance(value, str) or not re.match(r"https://[^/]|file:///|/", value):
+        raise ValueError("https://…, file:///… or an absolute path")
+    return value
+
+
+def _sha256(value: Any) -> str:
+    if not isinstance(value, str) or not re.fullmatch(r"[0-9a-fA-F]{64}", value):
+        raise ValueError("64 hex characters")
+    return value.lower()
+
+
+def _version(value: Any) -> str:
+    if not isinstance(value, str) or not VERSION.fullmatch(value):
+        raise ValueError("a K3s version such as v1.33.4+k3s1")
+    return value
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError("a mapping")
+    return value
+
+
+def _k3s(value: Any) -> dict[str, Any]:
+    for key in _mapping(value):
+        plain = str(key).rstrip("+")
+        if plain in OURS:
+            raise ValueError(f"any K3s option but {plain} ({OURS[plain]})")
+        if not re.fullmatch(r"[a-z0-9-]+\+?", str(key)):
+            raise ValueError(f"K3s options in kebab-case; {key!r} is none")
+    return dict(value)
+
+
+SETTINGS = (
+    Setting("token-file", _path, "token_file"),
+    Setting("nodes", _integer(1, NODES_LIMIT), "nodes"),
+    Setting("servers", _odd, "servers"),
+    Setting("role", _role, "role"),
+    Setting("interface", _text, "interface"),
+    Setting("registration-address", _host, "registration_address"),
+    Setting("seeds", _seeds, "seeds"),
+    Setting("port", _integer(1, 65535), "port"),
+    Setting("settle", _duration, "settle_s"),
+    Setting("abandon-after", _duration, "abandon_after_s"),
+    Setting("install", _mapping, "install"),
+    Setting("k3s", _k3s, "k3s"),
+)
+INSTALL_SETTINGS = (
+    Setting("method", _choice("script", "exec"), "method"),
+    Setting("script", _script, "script"),
+    Setting("script-sha256", _sha256, "script_sha256"),
+    Setting("version", _version, "version"),
+    Setting("channel", _text, "channel"),
+    Setting("binary", _path, "binary"),
+)
