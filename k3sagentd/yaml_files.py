@@ -88,7 +88,7 @@ def _list(value: Any) -> list[Any]:
 def load(file: Path) -> dict[str, Any]:
     """One file's mapping; raises ConfigError."""
     try:
-        data = yaml.load(read_bounded(file, SIZE_LIMIT_BYTES), Loader=_Loader)  # noqa: S506
+        data = yaml.load(read_bounded(file.resolve(), SIZE_LIMIT_BYTES), Loader=_Loader)  # noqa: S506
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         line = f" in line {mark.line + 1}" if mark else ""

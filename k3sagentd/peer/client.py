@@ -106,7 +106,9 @@ def _broken(error: aiohttp.ClientOSError) -> K3sagentdError:
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, ssl.SSLError) and "ALERT" in (cause.reason or ""):
-            return PeerRefusedError("it does not take this node's certificate: it has another token")
+            return PeerRefusedError(
+                "it does not take this node's certificate: it has another token"
+            )
         cause = cause.__cause__ or cause.__context__
     return PeerUnreachableError(error.strerror or "the connection broke")
 

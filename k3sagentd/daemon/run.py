@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One run of the daemon: make the parts, join them, keep them until a signal or a failure."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+import signal
+import socket
+import time
+from typing import Any
+
+from k3sagentd import schema, store, systemd
+from k3sagentd.config import Config
+from k3sagentd.control import ControlServer
+from k3sagentd.core import drive as core_drive
+from k3sagentd.core import machine, status
+from k3sagentd.core.events import AddressChanged, InitForced, Tick
+from k3sagentd.core.hello import k3s_role
+from k3sagentd.core.k3s import Order, ServerOrAgent
+from k3sagentd.core.messages import Hello, Message
+from k3sagentd.core.state import Node, Site
+from k3sagentd.core.words import NodeId
+from k3sagentd.daemon.drive import Drive
+from k3sagentd.daemon.engine import Engine
+from k3sagentd.daemon.links import Links, Receiver
+from k3sagentd.discovery import addresses, seeds
+from k3sagentd.discovery.mdns import Mdns
+from k3sagentd.discovery.table import Source
+from k3sagentd.identity import Identity, load_or_create
+from k3sagentd.k3s.facts import MachineFacts, read_facts
+from k3sagentd.keys import SiteKeys, derive
+from k3sagentd.paths import Paths
+from k3sagentd.peer.client import PeerClient
+from k3sagentd.peer.server import PeerServer
+from k3sagentd.peer.tls import client_context, server_context
+
+log = logging.getLogger(__name__)
+
+FACTS_POLL_S = 0.5
+ANNOUNCE_DELAY_S = 0.05
+"""Changes of one's own that come together are told together."""
+
+
+class Daemon:
+    """The parts of one run, joined."""
+
+    def __init__(
+        self, config: Config, paths: Paths, token: bytes, keys: SiteKeys, identity: Identity
+    ) -> None:
+        self._config = config
+        self._keys = keys
+        site = Site(
+            nodes=config.nodes,
+            servers=config.servers,
+            role=config.role,
+            election_key=keys.election_key,
+            hostname=socket.gethostname().split(".")[0].lower(),
+            instance=secrets.token_hex(8),
+            port=config.port,
+            settle_s=config.settle_s,
+            abandon_after_s=config.abandon_after_s,
+            registration_address=config.registration_address,
+        )
+        durable = store.load(paths.state, identity.node, fresh=identity.fresh)
+        node: Node = machine.new_node(site, durable, time.monotonic())
+        self.engine = Engine(node, paths.state, self)
+        self._client = PeerClient(client_context(keys, identity))
+        self._links = Links(self.engine, self._client, config.abandon_after_s)
+        self._receiver = Receiver(self.engine, self._links)
+        self._server = PeerServer(
+            server_context(keys, identity), config.port, self._receiver, self._links.refused
+        )
+        self.drive = Drive(self.engine, paths, token.decode())
+        self._mdns = Mdns(
+            node=identity.node,
+            site_id=keys.site_id,
+            port=config.port,
+            on_target=lambda target: self._links.sighted(target, Source.MDNS),
+            on_gone=lambda target: self._links.gone(target, Source.MDNS),
+        )
+        self._control = ControlServer(paths.control, self)
+        self._pending_hello: asyncio.TimerHandle | None = None
+        self._shown: str | None = None
+        self._hinted: asyncio.Task[None] | None = None
+        self.engine.on_change = self._changed
+
+    # --- effects ----------------------------------------------------------------------------
+
+    def send(self, to: NodeId, message: Message) -> None:
+        """Send to a peer."""
+        self._links.send(to, message)
+
+    def announce(self, hello: Hello) -> None:
+        """Tell watchers, soon; the first time at once."""
+        if self._links.hello is None:
+            self._receiver.announce(hello)
+            return
+        if self._pending_hello is not None:
+            self._pending_hello.cancel()
+        self._pending_hello = asyncio.get_running_loop().call_later(
+            ANNOUNCE_DELAY_S, self._receiver.announce, hello
+        )
+
+    def order(self, order: Order) -> None:
+        """Ask root."""
+        self.drive.order(order)
+
+    def _changed(self) -> None:
+        line = status.waiting_for(self.engine.node, time.monotonic())
+        shown = f"{self.engine.node.phase}: waiting for {line}" if line else "ready"
+        if shown != self._shown:
+            self._shown = shown
+            systemd.notify(STATUS=shown)
+        self.drive.wake()
+        if self.engine.node.seal is not None and not self._hinted:
+            self._hinted = asyncio.get_running_loop().create_task(self._mdns.hint(self._hints()))
+
+    # --- answers ----------------------------------------------------------------------------
+
+    async def status(self, after: int, wait_s: float) -> dict[str, Any]:
+        """For ``k3sagentd status``."""
+        await self.engine.changed(after, wait_s)
+        node = self.engine.node
+        document = status.as_json(node, time.monotonic())
+        document["site"]["id"] = self._keys.site_id
+        document["events"] = [
+            {"number": number, "time": round(at, 3), "text": text}
+            for number, at, text in self.engine.reports
+        ]
+        return {"rev": self.engine.revision, "status": document}
+
+    def registration(self) -> dict[str, Any] | None:
+        """For ``k3sagentd registration``."""
+        node = self.engine.node
+        role = k3s_role(node) or ServerOrAgent.AGENT
+        answer = core_drive.registration(node, NodeId(""), role)
+        plain: dict[str, Any] | None = schema.to_plain(answer) if answer else None
+        return plain
+
+    async def force(self) -> str | None:
+        """For ``k3sagentd cluster-init --force``."""
+        node = self.engine.node
+        if node.seal is not None:
+            return "the site is sealed: the cluster exists"
+        if node.is_init:
+            return "this node is the init node already"
+        await self.engine.carry_out(InitForced(now_s=time.monotonic()))
+        return None if self.engine.node.is_init else "this node sees two clusters: phase conflict"
+
+    # --- tasks ------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Run until cancelled; a part that fails ends the whole."""
+        run_engine = asyncio.create_task(self.engine.run())
+        await self.engine.carry_out(Tick(now_s=time.monotonic()))
+        try:
+            await self.drive.look_at_facts()
+            await self._server.start()
+            await self._control.start()
+            systemd.notify(READY=1)
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(_forever(run_engine))
+                tasks.create_task(self.drive.run())
+                tasks.create_task(self._follow_addresses())
+                tasks.create_task(_watchdog())
+                for seed in self._config.seeds:
+                    tasks.create_task(
+                        seeds.follow(
+                            seed,
+                            self._config.port,
+                            lambda target: self._links.sighted(target, Source.SEED),
+                        )
+                    )
+        finally:
+            systemd.notify(STOPPING=1)
+            run_engine.cancel()
+            await self._control.stop()
+            await self._mdns.detach()
+            await self._links.close()
+            await self._server.stop()
+            await self._client.close()
+
+    async def _follow_addresses(self) -> None:
+        attached: addresses.Attachment | None = None
+        async for _ in addresses.changes():
+            found = addresses.attachment(self._config.interface)
+            if found == attached:
+                continue
+            address = found.address if found else None
+            await self.engine.carry_out(AddressChanged(now_s=time.monotonic(), address=address))
+            attached = found
+            if found is None:
+                await self._mdns.detach()
+                continue
+            try:
+                await self._mdns.attach(found, self._hints())
+            except OSError as error:
+                # An address that goes as fast as it came; its change wakes us again.
+                log.warning("mDNS on %s: %s", found.address, error.strerror)
+                attached = None
+
+    def _hints(self) -> dict[str, str]:
+        return {"state": "sealed" if self.engine.node.seal else "forming"}
+
+
+async def _forever(task: asyncio.Task[None]) -> None:
+    await task
+
+
+async def _watchdog() -> None:
+    period_s = systemd.watchdog_s()
+    while period_s is not None:
+        systemd.notify(WATCHDOG=1)
+        await asyncio.sleep(period_s)
+
+
+async def _facts(paths: Paths) -> MachineFacts:
+    """Wait until root has looked at this machine: the identity hangs on the hardware."""
+    said = False
+    while (found := read_facts(paths)) is None:
+        if not said:
+            log.info("waiting for the facts about this machine (%s)", paths.facts)
+            systemd.notify(READY=1, STATUS="waiting for the facts about this machine")
+            said = True
+        await asyncio.sleep(FACTS_POLL_S)
+    return found
+
+
+async def main(config: Config, token: bytes, paths: Paths) -> None:
+    """Run the daemon until SIGTERM or SIGINT; raises K3sagentdError."""
+    this = asyncio.current_task()
+    assert this is not None
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, this.cancel)
+    keys = derive(token)
+    found = await _facts(paths)
+    identity = load_or_create(paths.state, keys, found.hardware)
+    log.info("node %s of site %s, pid %d", identity.node, keys.site_id, os.getpid())
+    with contextlib.suppress(asyncio.CancelledError):
+        await Daemon(config, paths, token, keys, identity).run()

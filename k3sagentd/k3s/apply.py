@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Root's part: take an order, check it, make this machine's K3s so, report step by step.
+
+Everything K3s must know is on the disk before it first starts, and is read back as K3s will
+read it. Running an order twice changes nothing. Nothing that K3s wrote is ever deleted.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import ssl
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+from k3sagentd import site_token
+from k3sagentd.config import Config, load_config
+from k3sagentd.core.k3s import Action, Datastore, Order, Outcome, Result, ServerOrAgent
+from k3sagentd.discovery.addresses import attachment
+from k3sagentd.errors import ConfigError, K3sagentdError, MachineError
+from k3sagentd.files import fsync_directory, write_atomically
+from k3sagentd.k3s import dropin, facts, order, probe
+from k3sagentd.k3s.install import Method, method
+from k3sagentd.paths import Paths
+
+log = logging.getLogger(__name__)
+
+CACERTS_TIMEOUT_S = 10.0
+CACERTS_LIMIT_BYTES = 256 * 1024
+
+
+class HopelessError(K3sagentdError):
+    """What no second attempt mends: a person is needed, or another machine."""
+
+
+def apply(paths: Paths) -> int:
+    """Carry out the order that is there, if any; the exit code says whether it was done."""
+    paths.run.mkdir(parents=True, exist_ok=True)
+    with (paths.run / "apply.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        taken = order.take_order(paths)
+        return 0 if taken is None else Apply(paths, taken).run()
+
+
+class Apply:
+    """One order being carried out."""
+
+    def __init__(self, paths: Paths, what: Order) -> None:
+        self._paths = paths
+        self._order = what
+        self._server: str | None = None
+
+    def run(self) -> int:
+        """Do each step, reporting it first; the last report is the outcome."""
+        step = "read the configuration"
+        try:
+            config = load_config(self._paths)
+            token = site_token.load(config.token_file)
+            install = method(config, self._paths)
+            for step in self._steps(config, token, install):
+                log.info("%s: %s", self._order.action, step)
+                self._report(Outcome.RUNNING, step)
+        except (HopelessError, ConfigError) as error:
+            return self._failed(Outcome.FAILED_FOR_GOOD, step, str(error))
+        except (K3sagentdError, OSError) as error:
+            return self._failed(Outcome.FAILED, step, str(error))
+        facts.write_facts(self._paths)
+        self._report(Outcome.DONE, step)
+        return 0
+
+    def _report(self, outcome: Outcome, step: str, reason: str | None = None) -> None:
+        result = Result(order=self._order, outcome=outcome, step=step, reason=reason)
+        order.write_result(self._paths, result)
+
+    def _failed(self, outcome: Outcome, step: str, reason: str) -> int:
+        log.error("%s failed at «%s»: %s", self._order.action, step, reason)
+        self._report(outcome, step, reason)
+        return 1
+
+    # --- the orders -------------------------------------------------------------------------
+
+    def _steps(self, config: Config, token: bytes, install: Method) -> Iterator[str]:
+        """Yield each step's name before it is done."""
+        match self._order.action:
+            case Action.INIT:
+                yield "check this machine"
+                self._check_init()
+                preflight(config, self._paths)
+                yield from self._make(config, token, install)
+            case Action.PREPARE:
+                yield "check this machine"
+                self._check_join()
+                preflight(config, self._paths)
+                yield "install K3s without starting it"
+                install.install(self._order)
+            case Action.JOIN:
+                yield "check this machine"
+                self._check_join()
+                yield "check the registration address"
+                self._server = self._find_server()
+                yield from self._make(config, token, install)
+            case Action.STAND_DOWN:
+                yield "stop K3s"
+                install.stop()
+                yield "move its data aside"
+                self._move_aside()
+
+    def _make(self, config: Config, token: bytes, install: Method) -> Iterator[str]:
+        paths, data = self._paths, self._paths.k3s_data
+        member = facts.datastore(data) in (Datastore.ETCD, Datastore.AGENT)
+        if not (member and install.running()):
+            yield "install K3s without starting it"
+            install.install(self._order)
+        yield "write K3s's configuration"
+        data.mkdir(parents=True, exist_ok=True)
+        if self._order.action is Action.INIT and facts.datastore(data) is Datastore.NONE:
+            marker = json.dumps({"epoch": self._order.epoch}) + "\n"
+            _write(data / facts.MARKER, marker.encode(), 0o644)
+        secret = dropin.secure_token(self._order, token) + "\n"
+        paths.dropin.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        _write(paths.k3s_token, secret.encode(), 0o600)
+        at = attachment(config.interface)
+        values = dropin.contents(self._order, self._server, config, paths, at)
+        changed = _write(paths.dropin, dropin.render(values), 0o600)
+        yield "check what K3s will read"
+        dropin.check(self._order, self._server, paths)
+        yield "start K3s"
+        if not install.running():
+            install.start(self._order.role)
+        elif changed and not member:
+            # It runs with an older word, and has not come into any cluster by it.
+            install.restart(self._order.role)
+
+    def _check_init(self) -> None:
+        found = facts.datastore(self._paths.k3s_data)
+        origin = facts.read_marker(self._paths.k3s_data)
+        if found is Datastore.AGENT:
+            raise HopelessError(
+                f"{self._paths.k3s_data} has the data of an agent of another cluster; move it aside"
+            )
+        if origin is not None and origin != self._order.epoch:
+            raise HopelessError(
+                f"{self._paths.k3s_data} was made for epoch {origin}, this is epoch "
+                f"{self._order.epoch}; move it aside"
+            )
+
+    def _check_join(self) -> None:
+        found = facts.datastore(self._paths.k3s_data)
+        if found is Datastore.SQLITE:
+            raise HopelessError(
+                f"{self._paths.k3s_data} has a single-node cluster of its own (SQLite); move it "
+                "aside to join the site"
+            )
+        if found is Datastore.ETCD and self._order.role is ServerOrAgent.AGENT:
+            raise HopelessError(f"{self._paths.k3s_data} has the data of a server; move it aside")
+
+    def _find_server(self) -> str:
+        """The first address whose CA is the one that was sealed."""
+        member = facts.datastore(self._paths.k3s_data) in (Datastore.ETCD, Datastore.AGENT)
+        reasons = []
+        for url in self._order.servers:
+            try:
+                found = fetch_ca_hash(url)
+            except MachineError as error:
+                reasons.append(str(error))
+                continue
+            if found == self._order.ca_hash:
+                return url
+            reasons.append(f"{url} has CA {found}, but the site's is {self._order.ca_hash}")
+        if member:
+            return self._order.servers[0]  # it has its own members to ask; this is not used
+        raise MachineError("; ".join(reasons))
+
+    def _move_aside(self) -> None:
+        paths, data = self._paths, self._paths.k3s_data
+        origin = facts.read_marker(data)
+        if origin is not None and origin != self._order.epoch:
+            raise HopelessError(f"{data} is of epoch {origin}, not of {self._order.epoch}")
+        if origin is None and facts.datastore(data) is not Datastore.NONE:
+            raise HopelessError(f"{data} was not made by an order of ours; it is not touched")
+        if origin is not None:
+            aside = data.with_name(f"{data.name}.abandoned-{self._order.epoch}")
+            number = 2
+            while aside.exists():
+                aside = data.with_name(f"{data.name}.abandoned-{self._order.epoch}-{number}")
+                number += 1
+            data.rename(aside)
+            fsync_directory(data.parent)
+            log.warning("K3s's data is in %s now", aside)
+        for path in (paths.dropin, paths.k3s_token):
+            path.unlink(missing_ok=True)
+
+
+def preflight(config: Config, paths: Paths) -> None:
+    """What K3s needs of the machine and would only fail on later (K3S.md 9)."""
+    if attachment(config.interface) is None:
+        where = config.interface or "any interface with a default route"
+        raise MachineError(f"there is no address on {where}")
+    if config.install.method == "exec":
+        return
+    controllers = paths.root / "sys/fs/cgroup/cgroup.controllers"
+    try:
+        found = controllers.read_text().split()
+    except OSError:
+        return
+    if "memory" not in found:
+        raise HopelessError(
+            f"the memory cgroup is off ({controllers}); add cgroup_enable=memory to "
+            "/boot/firmware/cmdline.txt and reboot"
+        )
+
+
+def fetch_ca_hash(url: str) -> str:
+    """The hash of a server's CA; raises MachineError where it has none to show."""
+    context: ssl.SSLContext = probe.insecure()
+    try:
+        with urllib.request.urlopen(  # noqa: S310 (https only: order.check_url)
+            f"{url}/cacerts", timeout=CACERTS_TIMEOUT_S, context=context
+        ) as response:
+            body = response.read(CACERTS_LIMIT_BYTES)
+    except urllib.error.HTTPError as error:
+        raise MachineError(f"{url} answers {error.code}") from error
+    except (urllib.error.URLError, OSError) as error:
+        reason = getattr(error, "reason", error)
+        raise MachineError(f"{url} cannot be reached: {reason}") from error
+    found = probe.hash_of_cacerts(body)
+    if found is None:
+        raise MachineError(f"{url}/cacerts is not a certificate")
+    return found
+
+
+def _write(path: Path, data: bytes, mode: int) -> bool:
+    """Write ``path`` unless it says that already; whether it changed."""
+    try:
+        same = path.read_bytes() == data and path.stat().st_mode & 0o777 == mode
+    except OSError:
+        same = False
+    if not same:
+        write_atomically(path, data, mode=mode)
+    return not same

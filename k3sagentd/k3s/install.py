@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How K3s comes onto the machine, is started and stopped: method ``script`` and method ``exec``.
+
+The install script is downloaded to a file, checked, and run without starting anything; its
+contract is its documented environment (K3S.md 6). It never sees a token.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import tempfile
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Protocol
+
+from k3sagentd.config import Config
+from k3sagentd.core.k3s import Order, ServerOrAgent
+from k3sagentd.errors import MachineError
+from k3sagentd.k3s import supervise
+from k3sagentd.paths import Paths
+
+SCRIPT_LIMIT_BYTES = 4 * 1024 * 1024
+DOWNLOAD_TIMEOUT_S = 60.0
+INSTALL_TIMEOUT_S = 1800.0
+SYSTEMCTL_TIMEOUT_S = 180.0
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+class Method(Protocol):
+    """One way to have K3s."""
+
+    def install(self, order: Order) -> None:
+        """Make K3s startable, without starting it; raises MachineError."""
+
+    def running(self) -> bool:
+        """Whether it was started and not stopped."""
+
+    def start(self, role: ServerOrAgent) -> None:
+        """Start it now and at every boot, without waiting for it."""
+
+    def restart(self, role: ServerOrAgent) -> None:
+        """Start it again, with what its configuration says now."""
+
+    def stop(self) -> None:
+        """Stop it, now and at every boot."""
+
+
+def method(config: Config, paths: Paths) -> Method:
+    """The method that is configured."""
+    if config.install.method == "exec":
+        return Exec(config.install.binary, paths)
+    return Script(config, paths)
+
+
+class Exec:
+    """A K3s binary that is here already, kept running by a supervisor of ours."""
+
+    def __init__(self, binary: Path, paths: Paths) -> None:
+        self._binary = binary
+        self._paths = paths
+
+    def install(self, order: Order) -> None:
+        """Nothing but a look."""
+        if not os.access(self._binary, os.X_OK):
+            raise MachineError(f"{self._binary} is not executable; put a K3s binary there")
+
+    def running(self) -> bool:
+        """Whether the supervisor is there."""
+        return supervise.running(self._paths)
+
+    def start(self, role: ServerOrAgent) -> None:
+        """Start the supervisor."""
+        supervise.start(self._paths, self._binary, role)
+
+    def restart(self, role: ServerOrAgent) -> None:
+        """Stop it and start it."""
+        self.stop()
+        self.start(role)
+
+    def stop(self) -> None:
+        """Stop the supervisor and its K3s."""
+        supervise.stop(self._paths)
+
+
+class Script:
+    """The K3s install script and the units that it makes."""
+
+    def __init__(self, config: Config, paths: Paths) -> None:
+        self._install = config.install
+        self._paths = paths
+
+    def install(self, order: Order) -> None:
+        """Run the script, unless what it would make is here already."""
+        with tempfile.TemporaryDirectory(prefix="k3sagentd-") as directory:
+            script = Path(directory, "install.sh")
+            script.write_bytes(self._script())
+            environment = self._environment(order)
+            run(
+                ["/bin/sh", str(script), str(order.role)],
+                timeout_s=INSTALL_TIMEOUT_S,
+                environment=environment,
+                what="the install script",
+            )
+        unit = self._paths.root / f"etc/systemd/system/{_unit(order.role)}"
+        if not unit.exists():
+            raise MachineError(f"the install script ended well but made no {unit}")
+
+    def _environment(self, order: Order) -> dict[str, str]:
+        environment = {
+            "PATH": PATH,
+            "HOME": "/root",
+            "LANG": "C.UTF-8",
+            "INSTALL_K3S_SKIP_START": "true",
+            "INSTALL_K3S_SKIP_ENABLE": "true",
+        }
+        version = order.k3s_version or self._install.version
+        if version:
+            environment["INSTALL_K3S_VERSION"] = version
+        else:
+            environment["INSTALL_K3S_CHANNEL"] = self._install.channel
+        for name in ("http_proxy", "https_proxy", "no_proxy"):
+            if value := os.environ.get(name) or os.environ.get(name.upper()):
+                environment[name] = value
+        return environment
+
+    def _script(self) -> bytes:
+        source = self._install.script
+        url = source if "://" in source else Path(source).as_uri()
+        try:
+            with urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT_S) as response:  # noqa: S310
+                if not response.geturl().startswith(("https://", "file://")):
+                    raise MachineError(f"{source} leads to {response.geturl()}, which is not https")
+                data: bytes = response.read(SCRIPT_LIMIT_BYTES + 1)
+        except (urllib.error.URLError, OSError) as error:
+            reason = getattr(error, "reason", error)
+            raise MachineError(f"cannot download {source}: {reason}") from error
+        if not 0 < len(data) <= SCRIPT_LIMIT_BYTES:
+            raise MachineError(f"{source} has {len(data)} bytes; that is no install script")
+        found, wanted = hashlib.sha256(data).hexdigest(), self._install.script_sha256
+        if wanted is not None and found != wanted:
+            raise MachineError(f"{source} has SHA-256 {found}, but script-sha256 is {wanted}")
+        return data
+
+    def running(self) -> bool:
+        """Whether one of the units is active or on its way."""
+        states = subprocess.run(
+            ["systemctl", "is-active", "k3s.service", "k3s-agent.service"],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=SYSTEMCTL_TIMEOUT_S,
+        ).stdout.split()
+        return any(state in ("active", "activating", "reloading") for state in states)
+
+    def start(self, role: ServerOrAgent) -> None:
+        """Enable and start; a start that blocks (K3S.md 6) is not waited for."""
+        _systemctl("daemon-reload")
+        _systemctl("enable", _unit(role))
+        _systemctl("start", "--no-block", _unit(role))
+
+    def restart(self, role: ServerOrAgent) -> None:
+        """Restart the unit."""
+        _systemctl("enable", _unit(role))
+        _systemctl("restart", "--no-block", _unit(role))
+
+    def stop(self) -> None:
+        """Disable and stop both units, as far as they exist."""
+        for role in ServerOrAgent:
+            if (self._paths.root / f"etc/systemd/system/{_unit(role)}").exists():
+                _systemctl("disable", "--now", _unit(role))
+        killall = self._paths.root / "usr/local/bin/k3s-killall.sh"
+        if killall.exists():
+            run([str(killall)], timeout_s=SYSTEMCTL_TIMEOUT_S, what="k3s-killall.sh")
+
+
+def _unit(role: ServerOrAgent) -> str:
+    return "k3s.service" if role is ServerOrAgent.SERVER else "k3s-agent.service"
+
+
+def _systemctl(*arguments: str) -> None:
+    run(["systemctl", *arguments], timeout_s=SYSTEMCTL_TIMEOUT_S, what="systemctl")
+
+
+def run(
+    command: list[str], *, timeout_s: float, what: str, environment: dict[str, str] | None = None
+) -> None:
+    """Run to the end; raises MachineError with the last line that it said."""
+    try:
+        done = subprocess.run(
+            command,
+            env=environment or {"PATH": PATH},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            timeout=timeout_s,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise MachineError(f"{what} took longer than {timeout_s:.0f} s") from error
+    except OSError as error:
+        raise MachineError(f"{what} cannot be run: {error.strerror}") from error
+    if done.returncode:
+        lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
+        said = lines[-1][:300] if lines else "it said nothing"
+        raise MachineError(f"{what} ended with {done.returncode}: {said}")

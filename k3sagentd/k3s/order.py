@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Orders and results: the two files between the daemon and root, and root's distrust.
+
+Whoever takes over the daemon can write any order; so an order holds no path, command or secret,
+and each field has a form that is checked here.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import stat
+from urllib.parse import urlsplit
+
+from k3sagentd import schema
+from k3sagentd.config import VERSION
+from k3sagentd.core.drive import SERVERS_LIMIT
+from k3sagentd.core.k3s import Action, Order, Result
+from k3sagentd.errors import DataError
+from k3sagentd.files import read_bounded, write_atomically
+from k3sagentd.k3s.flags import SHARED
+from k3sagentd.paths import Paths
+
+ORDER_LIMIT_BYTES = 16 * 1024
+RESULT_LIMIT_BYTES = 64 * 1024
+NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+"""A label of RFC 1123, as Kubernetes wants node names."""
+HASH = re.compile(r"[0-9a-f]{64}")
+FLAG_VALUE = re.compile(r"[\x20-\x7e]{0,1024}")
+EPOCH_LIMIT = 10**6
+
+
+def write_order(paths: Paths, order: Order) -> None:
+    """For the daemon; raises OSError."""
+    write_atomically(paths.order, schema.dumps(order, indent=1).encode(), durable=False)
+
+
+def take_order(paths: Paths) -> Order | None:
+    """For root: remove the order and return it; None where there is none. Raises DataError."""
+    try:
+        fd = os.open(paths.order, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            paths.order.unlink()
+            raise DataError(f"{paths.order} is a symbolic link") from error
+        raise
+    with os.fdopen(fd, "rb") as file:
+        status = os.fstat(fd)
+        data = file.read(ORDER_LIMIT_BYTES + 1)
+    # Taken before it is looked at: a bad order must not start us again and again.
+    paths.order.unlink()
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+        raise DataError(f"{paths.order} is no plain file")
+    if len(data) > ORDER_LIMIT_BYTES:
+        raise DataError(f"{paths.order} has more than {ORDER_LIMIT_BYTES} bytes")
+    order = schema.loads(Order, data)
+    check(order)
+    return order
+
+
+def check(order: Order) -> None:
+    """Raise DataError where a field has not the form that it must have."""
+    if not 0 <= order.epoch < EPOCH_LIMIT:
+        raise DataError(f"epoch is {order.epoch}")
+    if not NAME.fullmatch(order.node_name):
+        raise DataError(f"node_name is {order.node_name!r}, not a label of RFC 1123")
+    if len(order.servers) > SERVERS_LIMIT:
+        raise DataError(f"{len(order.servers)} servers; at most {SERVERS_LIMIT}")
+    for url in order.servers:
+        check_url(url)
+    if order.ca_hash is not None and not HASH.fullmatch(order.ca_hash):
+        raise DataError(f"ca_hash is {order.ca_hash!r:.80}, not 64 hex characters")
+    if order.action is Action.JOIN and (not order.servers or order.ca_hash is None):
+        raise DataError("an order to join needs servers and ca_hash")
+    if order.k3s_version is not None and not VERSION.fullmatch(order.k3s_version):
+        raise DataError(f"k3s_version is {order.k3s_version!r:.80}")
+    for flag, value in order.shared_flags.items():
+        if flag not in SHARED or not FLAG_VALUE.fullmatch(value):
+            raise DataError(f"shared flag {flag!r:.40} is {value!r:.80}")
+
+
+def check_url(url: str) -> None:
+    """Raise DataError unless ``url`` is ``https://host:port`` and nothing else."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError as error:
+        raise DataError(f"server {url!r:.80}: {error}") from error
+    plain = f"https://{parts.netloc}"
+    host = parts.hostname or ""
+    if url != plain or port is None or not re.fullmatch(r"[0-9A-Za-z.:-]{1,253}", host):
+        raise DataError(f"server is {url!r:.80}, not https://host:port")
+    if "@" in parts.netloc:
+        raise DataError(f"server is {url!r:.80}, with a user in it")
+
+
+def write_result(paths: Paths, result: Result) -> None:
+    """For root."""
+    write_atomically(paths.result, schema.dumps(result, indent=1).encode(), durable=False)
+
+
+def read_result(paths: Paths) -> Result | None:
+    """For the daemon; None while there is none. Raises DataError, OSError."""
+    try:
+        return schema.loads(Result, read_bounded(paths.result, RESULT_LIMIT_BYTES))
+    except FileNotFoundError:
+        return None

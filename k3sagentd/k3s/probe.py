@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Is this machine's K3s ready? Asked at its own ports, as anybody may (K3S.md 3)."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import ssl
+
+import aiohttp
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from k3sagentd.core.k3s import K3sState, ServerOrAgent
+
+TIMEOUT_S = 5.0
+BODY_LIMIT_BYTES = 256 * 1024
+CERTIFICATE = re.compile(rb"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----\n?", re.DOTALL)
+
+
+async def probe(role: ServerOrAgent, token: str) -> K3sState:
+    """Look once; never raises for a K3s that does not answer."""
+    timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
+    async with aiohttp.ClientSession(timeout=timeout) as session:
+        if role is ServerOrAgent.AGENT:
+            return await _agent(session)
+        return await _server(session, token)
+
+
+async def _agent(session: aiohttp.ClientSession) -> K3sState:
+    status, body = await _get(session, "http://127.0.0.1:10248/healthz")
+    if status == 0:
+        return K3sState(detail=f"the kubelet does not answer ({body.decode()})")
+    ready = status == 200
+    return K3sState(running=True, ready=ready, detail=f"the kubelet answers {status}")
+
+
+async def _server(session: aiohttp.ClientSession, token: str) -> K3sState:
+    base = "https://127.0.0.1:6443"
+    status, body = await _get(session, f"{base}/ping")
+    if status == 0:
+        return K3sState(detail=f"its server does not answer ({body.decode()})")
+    if status != 200:
+        return K3sState(running=True, detail=f"its server says {body[:40].decode('ascii', '?')!r}")
+    status, body = await _get(session, f"{base}/cacerts")
+    ca_hash = hash_of_cacerts(body) if status == 200 else None
+    if ca_hash is None:
+        return K3sState(running=True, detail="its server has no CA certificate yet")
+    status, body = await _get(session, f"{base}/v1-k3s/readyz", aiohttp.BasicAuth("node", token))
+    # Older releases have no readyz; then pong is all there is.
+    ready = status in (200, 404)
+    detail = "ready" if ready else f"its server is up but not ready ({status})"
+    return K3sState(running=True, ready=ready, ca_hash=ca_hash, detail=detail)
+
+
+async def _get(
+    session: aiohttp.ClientSession,
+    url: str,
+    auth: aiohttp.BasicAuth | None = None,
+) -> tuple[int, bytes]:
+    """Status and body; status 0 with the reason as body where nobody answers."""
+    try:
+        async with session.get(url, auth=auth, ssl=insecure()) as response:
+            return response.status, await response.content.read(BODY_LIMIT_BYTES)
+    except TimeoutError:
+        return 0, b"no answer in time"
+    except (aiohttp.ClientError, OSError) as error:
+        return 0, str(getattr(error, "strerror", None) or "connection broke").encode()
+
+
+def insecure() -> ssl.SSLContext:
+    """No verification: the hash of ``/cacerts`` is what is compared, not a chain."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+def hash_of_cacerts(body: bytes) -> str | None:
+    """The hash that stands in a secure token (K3s, pkg/clientaccess/token.go); None for no PEM.
+
+    Of one certificate the body is hashed as it is, of a bundle the DER of its root, the last.
+    """
+    certificates = CERTIFICATE.findall(body)
+    if not certificates:
+        return None
+    if len(certificates) == 1:
+        return hashlib.sha256(body).hexdigest()
+    try:
+        root = x509.load_pem_x509_certificate(certificates[-1])
+    except ValueError:
+        return None
+    return hashlib.sha256(root.public_bytes(Encoding.DER)).hexdigest()
