@@ -106,8 +106,7 @@ class ControlClient:
                     "(systemctl status k3sagentd)"
                 ) from error
         if response.status == 409:
-            error = UnavailableError if method == "GET" else K3sagentdError
-            raise error(str(body.get("error")))
+            raise UnavailableError(str(body.get("error")))
         if response.status != 200:
             raise K3sagentdError(str(body.get("error")))
         return body

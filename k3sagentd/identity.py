@@ -84,12 +84,12 @@ def load_or_create(state: Path, keys: SiteKeys, hardware: Hardware) -> Identity:
         try:
             key, binding = _load(state)
         except DataError as error:
-            moved = _put_aside(state, f"the identity is damaged ({error})")
+            moved = put_aside(state, f"the identity is damaged ({error})")
         else:
             if same_machine(binding.hardware, hardware):
                 _learn_hardware(state, binding, hardware)
                 return _identity(keys, key, fresh=False)
-            moved = _put_aside(state, "the card was moved here from another machine")
+            moved = put_aside(state, "the card was moved here from another machine")
     key = Ed25519PrivateKey.generate()
     # The binding first: a key without one, after a power cut between the two, is made anew.
     binding = Binding(node=node_id_of(key.public_key()), hardware=hardware)
@@ -136,7 +136,8 @@ def _write_binding(state: Path, binding: Binding) -> None:
     write_atomically(state / BINDING_FILE, text.encode(), mode=0o600)
 
 
-def _put_aside(state: Path, why: str) -> str:
+def put_aside(state: Path, why: str) -> str:
+    """Move the identity and its votes into a directory of their own; returns what was done."""
     number = next(n for n in range(1, 10**6) if not (state / f"moved-{n}").exists())
     aside = state / f"moved-{number}"
     aside.mkdir(mode=0o700)

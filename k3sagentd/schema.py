@@ -112,10 +112,12 @@ def _short(value: Any) -> str:
 
 
 def _union(kind: Any, plain: Any, where: str) -> Any:
-    members = typing.get_args(kind)
+    members: tuple[Any, ...] = typing.get_args(kind)
     if plain is None and type(None) in members:
         return None
-    classes = {m.__name__: m for m in members if dataclasses.is_dataclass(m)}
+    classes: dict[str, Any] = {
+        str(m.__name__): m for m in members if isinstance(m, type) and dataclasses.is_dataclass(m)
+    }
     if isinstance(plain, dict) and plain.get("type") in classes:
         return _dataclass(classes[plain["type"]], plain, where)
     others = [m for m in members if m is not type(None) and m not in classes.values()]

@@ -8,8 +8,9 @@ import os
 import sys
 from typing import Any
 
-from systemd import daemon
 from systemd.journal import JournalHandler
+
+from systemd import daemon
 
 
 def notify(**fields: Any) -> None:

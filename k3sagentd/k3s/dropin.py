@@ -64,7 +64,8 @@ def contents(
 
 def render(values: Mapping[str, Any]) -> bytes:
     """The file's bytes, the same for equal values."""
-    return (HEADER + yaml.safe_dump(dict(values), sort_keys=True)).encode()
+    text: str = yaml.safe_dump(dict(values), sort_keys=True)
+    return (HEADER + text).encode()
 
 
 def _operators(paths: Paths) -> dict[str, Any]:

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Commands that ask the running daemon, and what they print."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from typing import Any
+
+from k3sagentd.control import ControlClient
+from k3sagentd.errors import TimedOutError, UnavailableError, UsageError
+from k3sagentd.identity import put_aside
+from k3sagentd.paths import Paths
+
+WATCH_S = 60.0
+GREEN, YELLOW, RED, PLAIN = "\x1b[32m", "\x1b[33m", "\x1b[31m", "\x1b[0m"
+COLOURS = {"ready": GREEN, "sealed": GREEN, "failed": RED, "conflict": RED}
+
+
+def reached(goal: str, status: dict[str, Any]) -> bool:
+    """Whether ``status`` is as far as ``goal`` (of ``wait --for``)."""
+    site, node = status["site"], status["node"]
+    sealed = site["phase"] == "sealed"
+    if goal == "nominated":
+        return sealed or site["phase"] == "nominated"
+    if goal == "sealed":
+        return sealed
+    if goal == "joined":
+        return sealed and node["phase"] == "ready"
+    ready = [row for row in status["nodes"] if row["phase"] == "ready" and row["age_s"] == 0]
+    return sealed and len(ready) >= site["nodes"]
+
+
+async def status(paths: Paths, *, as_json: bool, watch: bool) -> int:
+    """``k3sagentd status``."""
+    client = ControlClient(paths.control)
+    after = -1
+    while True:
+        answer = await client.status(after, WATCH_S if watch and after >= 0 else 0.0)
+        if answer["rev"] != after:
+            after = answer["rev"]
+            found = answer["status"]
+            print(json.dumps(found, indent=None if watch else 2) if as_json else table(found))
+            sys.stdout.flush()
+        if not watch:
+            return 0
+
+
+async def wait(paths: Paths, goal: str, timeout_s: float) -> int:
+    """``k3sagentd wait``: 0, or TimedOutError; a conflict is not waited out."""
+    client = ControlClient(paths.control)
+    deadline = time.monotonic() + timeout_s
+    after = -1
+    while True:
+        left_s = max(0.0, deadline - time.monotonic())
+        answer = await client.status(after, min(WATCH_S, left_s) if after >= 0 else 0.0)
+        after, found = answer["rev"], answer["status"]
+        if reached(goal, found):
+            return 0
+        if found["site"]["phase"] == "conflict":
+            raise UnavailableError(f"conflict: {found['node']['waiting_for']}")
+        if left_s == 0:
+            raise TimedOutError(
+                f"not {goal} after {timeout_s:.0f} s; waiting for {found['node']['waiting_for']}"
+            )
+
+
+async def registration(paths: Paths, *, as_json: bool) -> int:
+    """``k3sagentd registration``."""
+    found = await ControlClient(paths.control).registration()
+    found.pop("type", None)
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return 0
+    for server in found["servers"]:
+        print(server)
+    print(f"CA hash: {found['ca_hash']}")
+    return 0
+
+
+async def force(paths: Paths) -> int:
+    """``k3sagentd cluster-init --force``."""
+    await ControlClient(paths.control).force()
+    print("this node starts the cluster now")
+    return 0
+
+
+async def reset(paths: Paths) -> int:
+    """``k3sagentd reset``: only while the daemon is stopped."""
+    try:
+        await ControlClient(paths.control).status()
+    except UnavailableError:
+        pass
+    else:
+        raise UsageError("the daemon runs; stop it first: systemctl stop k3sagentd")
+    if not paths.state.exists() or not any(
+        not path.name.startswith("moved-") for path in paths.state.iterdir()
+    ):
+        print("nothing to reset")
+        return 0
+    print(put_aside(paths.state, "reset by the operator"))
+    return 0
+
+
+def table(found: dict[str, Any], *, colour: bool | None = None) -> str:
+    """The site in lines, as systemctl would show it."""
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ if colour is None else colour
+    site, node = found["site"], found["node"]
+    facts = [
+        ("Site", f"{site['id']} ({site['phase']}, epoch {site['epoch']})"),
+        ("Machines", f"{site['seen']} of {site['nodes']} here, {site['quorum']} must agree"),
+        ("This node", f"{node['name']} ({node['id'][:8]}), {node['role']}, {node['phase']}"),
+    ]
+    if site["registration"]:
+        facts.append(("Register at", " ".join(site["registration"])))
+    if node["waiting_for"]:
+        facts.append(("Waiting for", node["waiting_for"]))
+    width = max(len(name) for name, _ in facts)
+    lines = [f"{name:>{width}}: {value}" for name, value in facts]
+    return "\n".join([*lines, "", *rows(found["nodes"], colour=colour)])
+
+
+def rows(nodes: list[dict[str, Any]], *, colour: bool) -> list[str]:
+    """One aligned line for each node."""
+    head = ("NODE", "ADDRESS", "ROLE", "PHASE", "HEARD", "ID")
+    body = [
+        (
+            row["name"],
+            row["address"] or "-",
+            row["role"],
+            row["phase"],
+            "now" if row["age_s"] == 0 else f"{row['age_s']:.0f} s ago",
+            row["id"][:8],
+        )
+        for row in nodes
+    ]
+    widths = [max(len(line[i]) for line in (head, *body)) for i in range(len(head))]
+    lines = []
+    for line in (head, *body):
+        cells = [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
+        if colour and line is not head:
+            cells[3] = COLOURS.get(line[3], YELLOW) + cells[3] + PLAIN
+        lines.append("  ".join(cells).rstrip())
+    return lines

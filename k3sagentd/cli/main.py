@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: arguments, commands, exit codes. The only place that exits."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from k3sagentd import __version__
+from k3sagentd.errors import K3sagentdError, PermissionDeniedError, UsageError
+from k3sagentd.paths import Paths
+
+DURATION = re.compile(r"(\d+(?:\.\d+)?)(s|m|h)?")
+GOALS = ("nominated", "sealed", "joined", "complete")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises instead of exiting, so that one place decides on the code."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def _duration(text: str) -> float:
+    match = DURATION.fullmatch(text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no duration such as 30s, 10m, 1h")
+    return float(match[1]) * {"s": 1.0, "m": 60.0, "h": 3600.0}[match[2] or "s"]
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands."""
+    top = _Parser(
+        prog="k3sagentd", description="Starts one highly available K3s cluster from equal machines."
+    )
+    top.add_argument("--version", action="version", version=f"k3sagentd {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, text: str, run: Callable[[argparse.Namespace], int]) -> _Parser:
+        command: _Parser = commands.add_parser(name, help=text, description=text)
+        command.set_defaults(run=run)
+        return command
+
+    add("run", "run the daemon (k3sagentd.service)", _run)
+    add("apply", "carry out the order that is there, as root (k3sagentd-apply.service)", _apply)
+    add("facts", "look at this machine, as root, and write it down for the daemon", _facts)
+    status = add("status", "show the site as this node sees it", _status)
+    status.add_argument("--json", action="store_true", help="for programs")
+    status.add_argument("--watch", action="store_true", help="show every change until Ctrl-C")
+    wait = add("wait", "wait for the site to come that far; exit 75 when it does not", _wait)
+    wait.add_argument("--for", dest="goal", choices=GOALS, required=True)
+    wait.add_argument("--timeout", type=_duration, default=600.0, metavar="10m")
+    registration = add("registration", "show where a machine joins", _registration)
+    registration.add_argument("--json", action="store_true", help="for programs")
+    token = commands.add_parser("token", help="the site's token").add_subparsers(
+        dest="token_command", required=True, metavar="COMMAND"
+    )
+    create = token.add_parser("create", help="write a new token; never overwrites one")
+    create.add_argument("--file", type=Path, help="default: /etc/k3sagentd/token")
+    create.set_defaults(run=_token_create)
+    config = commands.add_parser("config", help="the configuration").add_subparsers(
+        dest="config_command", required=True, metavar="COMMAND"
+    )
+    check = config.add_parser("check", help="read it as the daemon does, and say what is wrong")
+    check.set_defaults(run=_config_check)
+    force = add("cluster-init", "start the cluster here: you decide instead of a quorum", _force)
+    force.add_argument("--force", action="store_true", required=True)
+    add("reset", "put this node's identity and votes aside; K3s's data stays", _reset)
+    _add_lab(commands)
+    return top
+
+
+def _add_lab(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    from k3sagentd.lab import cli as lab  # noqa: PLC0415 (light commands start without it)
+
+    command = commands.add_parser("lab", help="a site of several machines on this one")
+    lab.add_arguments(command)
+    command.set_defaults(run=lab.main)
+
+
+def main(arguments: list[str]) -> int:
+    """Run one command; returns the exit code."""
+    try:
+        parsed = parser().parse_args(arguments)
+        code: int = parsed.run(parsed)
+        return code
+    except K3sagentdError as error:
+        print(f"k3sagentd: {error}", file=sys.stderr)
+        return error.exit_code
+    except PermissionError as error:
+        print(f"k3sagentd: {error.filename}: permission denied; run it as root", file=sys.stderr)
+        return os.EX_NOPERM
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"k3sagentd: {where}{error.strerror or error}", file=sys.stderr)
+        return os.EX_OSERR
+    except KeyboardInterrupt:
+        return 130
+
+
+def console() -> NoReturn:
+    """The console script."""
+    sys.exit(main(sys.argv[1:]))
+
+
+# --- commands -------------------------------------------------------------------------------
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from k3sagentd import site_token, systemd  # noqa: PLC0415
+    from k3sagentd.config import load_config  # noqa: PLC0415
+    from k3sagentd.daemon import run  # noqa: PLC0415
+
+    systemd.set_up_logging()
+    paths = Paths()
+    config = load_config(paths)
+    token = site_token.load(config.token_file)
+    paths.run.mkdir(parents=True, exist_ok=True)
+    try:
+        asyncio.run(run.main(config, token, paths))
+    except ExceptionGroup as group:
+        mine, rest = group.split(K3sagentdError)
+        if rest is not None or mine is None:
+            raise
+        raise mine.exceptions[0] from group
+    return 0
+
+
+def _apply(arguments: argparse.Namespace) -> int:
+    from k3sagentd import systemd  # noqa: PLC0415
+    from k3sagentd.k3s.apply import apply  # noqa: PLC0415
+
+    systemd.set_up_logging()
+    _need_root("apply")
+    return apply(Paths())
+
+
+def _facts(arguments: argparse.Namespace) -> int:
+    from k3sagentd.k3s.facts import write_facts  # noqa: PLC0415
+
+    logging.basicConfig(format="%(levelname)s %(message)s")
+    _need_root("facts")
+    write_facts(Paths())
+    return 0
+
+
+def _need_root(what: str) -> None:
+    if os.geteuid() != 0:
+        raise PermissionDeniedError(f"{what} must be run as root")
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from k3sagentd.cli import ask  # noqa: PLC0415
+
+    return asyncio.run(ask.status(Paths(), as_json=arguments.json, watch=arguments.watch))
+
+
+def _wait(arguments: argparse.Namespace) -> int:
+    from k3sagentd.cli import ask  # noqa: PLC0415
+
+    return asyncio.run(ask.wait(Paths(), arguments.goal, arguments.timeout))
+
+
+def _registration(arguments: argparse.Namespace) -> int:
+    from k3sagentd.cli import ask  # noqa: PLC0415
+
+    return asyncio.run(ask.registration(Paths(), as_json=arguments.json))
+
+
+def _force(arguments: argparse.Namespace) -> int:
+    from k3sagentd.cli import ask  # noqa: PLC0415
+
+    return asyncio.run(ask.force(Paths()))
+
+
+def _token_create(arguments: argparse.Namespace) -> int:
+    from k3sagentd import site_token  # noqa: PLC0415
+
+    path = arguments.file or Paths().token
+    site_token.create(path)
+    print(f"{path}: made; put the same file on every machine of the site")
+    return 0
+
+
+def _config_check(arguments: argparse.Namespace) -> int:
+    from k3sagentd import site_token  # noqa: PLC0415
+    from k3sagentd.config import load_config  # noqa: PLC0415
+
+    paths = Paths()
+    config = load_config(paths)
+    site_token.load(config.token_file)
+    print(
+        f"{paths.config}: fine: {config.nodes} machines, {config.servers} servers, "
+        f"role {config.role}, install by {config.install.method}"
+    )
+    return 0
+
+
+def _reset(arguments: argparse.Namespace) -> int:
+    from k3sagentd.cli import ask  # noqa: PLC0415
+
+    _need_root("reset")
+    return asyncio.run(ask.reset(Paths()))
