@@ -78,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _add_lab(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    from k3sagentd.lab import cli as lab  # noqa: PLC0415 (light commands start without it)
+    from k3sagentd.lab import cli as lab
 
     command = commands.add_parser("lab", help="a site of several machines on this one")
     lab.add_arguments(command)
@@ -114,9 +114,9 @@ def console() -> NoReturn:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from k3sagentd import site_token, systemd  # noqa: PLC0415
-    from k3sagentd.config import load_config  # noqa: PLC0415
-    from k3sagentd.daemon import run  # noqa: PLC0415
+    from k3sagentd import site_token, systemd
+    from k3sagentd.config import load_config
+    from k3sagentd.daemon import run
 
     systemd.set_up_logging()
     paths = Paths()
@@ -134,8 +134,8 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _apply(arguments: argparse.Namespace) -> int:
-    from k3sagentd import systemd  # noqa: PLC0415
-    from k3sagentd.k3s.apply import apply  # noqa: PLC0415
+    from k3sagentd import systemd
+    from k3sagentd.k3s.apply import apply
 
     systemd.set_up_logging()
     _need_root("apply")
@@ -143,7 +143,7 @@ def _apply(arguments: argparse.Namespace) -> int:
 
 
 def _facts(arguments: argparse.Namespace) -> int:
-    from k3sagentd.k3s.facts import write_facts  # noqa: PLC0415
+    from k3sagentd.k3s.facts import write_facts
 
     logging.basicConfig(format="%(levelname)s %(message)s")
     _need_root("facts")
@@ -157,31 +157,31 @@ def _need_root(what: str) -> None:
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    from k3sagentd.cli import ask  # noqa: PLC0415
+    from k3sagentd.cli import ask
 
     return asyncio.run(ask.status(Paths(), as_json=arguments.json, watch=arguments.watch))
 
 
 def _wait(arguments: argparse.Namespace) -> int:
-    from k3sagentd.cli import ask  # noqa: PLC0415
+    from k3sagentd.cli import ask
 
     return asyncio.run(ask.wait(Paths(), arguments.goal, arguments.timeout))
 
 
 def _registration(arguments: argparse.Namespace) -> int:
-    from k3sagentd.cli import ask  # noqa: PLC0415
+    from k3sagentd.cli import ask
 
     return asyncio.run(ask.registration(Paths(), as_json=arguments.json))
 
 
 def _force(arguments: argparse.Namespace) -> int:
-    from k3sagentd.cli import ask  # noqa: PLC0415
+    from k3sagentd.cli import ask
 
     return asyncio.run(ask.force(Paths()))
 
 
 def _token_create(arguments: argparse.Namespace) -> int:
-    from k3sagentd import site_token  # noqa: PLC0415
+    from k3sagentd import site_token
 
     path = arguments.file or Paths().token
     site_token.create(path)
@@ -190,8 +190,8 @@ def _token_create(arguments: argparse.Namespace) -> int:
 
 
 def _config_check(arguments: argparse.Namespace) -> int:
-    from k3sagentd import site_token  # noqa: PLC0415
-    from k3sagentd.config import load_config  # noqa: PLC0415
+    from k3sagentd import site_token
+    from k3sagentd.config import load_config
 
     paths = Paths()
     config = load_config(paths)
@@ -204,7 +204,7 @@ def _config_check(arguments: argparse.Namespace) -> int:
 
 
 def _reset(arguments: argparse.Namespace) -> int:
-    from k3sagentd.cli import ask  # noqa: PLC0415
+    from k3sagentd.cli import ask
 
     _need_root("reset")
     return asyncio.run(ask.reset(Paths()))

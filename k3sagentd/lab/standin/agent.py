@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-import secrets
 from pathlib import Path
 
 from aiohttp import web
 
 from k3sagentd.lab.standin.client import ServerClient, ServerError
-from k3sagentd.lab.standin.options import Knobs, Options, fatal, log
+from k3sagentd.lab.standin.options import Knobs, Options, fatal, log, node_password
 
 RETRY_S = 5.0
 REFRESH_S = 60.0
@@ -34,8 +33,10 @@ class Agent:
             fatal("--token is required")
         (self._data / "etc").mkdir(parents=True, exist_ok=True)
         await asyncio.sleep(self._knobs.start_delay_s)
-        while not await self._join():
+        joined = await self._join()
+        while not joined:
             await asyncio.sleep(RETRY_S)
+            joined = await self._join()
         app = web.Application()
         app.router.add_get("/healthz", self._healthz)
         runner = web.AppRunner(app, access_log=None)
@@ -77,7 +78,7 @@ class Agent:
         servers = json.loads(await client.ask("GET", "/v1-k3s/apiservers"))
         node = {
             "name": self._options.node_name,
-            "password": self._node_password(),
+            "password": node_password(),
             "ip": self._options.node_ip,
         }
         await client.ask("PUT", "/v1-k3s/standin/node", node)
@@ -85,13 +86,6 @@ class Agent:
         (self._data / "client-kubelet.crt").write_bytes(certificate)
         balancer = {"ServerURL": self._options.server, "ServerAddresses": servers}
         self._balancer.write_text(json.dumps(balancer))
-
-    def _node_password(self) -> str:
-        path = Path("/etc/rancher/node/password")
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(secrets.token_hex(16))
-        return path.read_text()
 
 
 def main(options: Options, knobs: Knobs, data: Path) -> int:

@@ -66,7 +66,7 @@ class Etcd:
                 f"--initial-cluster={cluster}",
                 f"--initial-cluster-state={'new' if new else 'existing'}",
             ]
-        self._process = subprocess.Popen(command, preexec_fn=_die_with_parent)  # noqa: PLW1509
+        self._process = subprocess.Popen(command, preexec_fn=_die_with_parent)
 
     def check_alive(self) -> None:
         """End when etcd ended: K3s is one process with it."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import secrets
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -112,3 +113,12 @@ def check_hash(token: str, found: str) -> None:
         fatal("invalid token CA hash length")
     if wanted != found:
         fatal(f"token CA hash does not match the Cluster CA certificate hash: {wanted} != {found}")
+
+
+def node_password() -> str:
+    """The node's own password, made once (K3S.md 7)."""
+    path = Path("/etc/rancher/node/password")
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(secrets.token_hex(16))
+    return path.read_text()

@@ -19,10 +19,10 @@ from aiohttp import BasicAuth, web
 from k3sagentd.lab.standin import pki
 from k3sagentd.lab.standin.client import ServerClient, ServerError
 from k3sagentd.lab.standin.etcd import Etcd, EtcdError
-from k3sagentd.lab.standin.options import Knobs, Options, fatal, log, password_of
+from k3sagentd.lab.standin.options import Knobs, Options, fatal, log, node_password, password_of
 
 MINIONS = "/registry/minions/"
-PASSWORDS = "/registry/secrets/kube-system/"  # noqa: S105 (a key's prefix)
+PASSWORDS = "/registry/secrets/kube-system/"
 LEASE_LOST_S = 20.0
 """After this without quorum K3s ends: ``leaderelection lost`` (K3S.md 4)."""
 CHECK_S = 2.0
@@ -185,12 +185,8 @@ class Server:
 
     async def _register(self) -> None:
         """The server's own Node object and node password."""
-        path = Path("/etc/rancher/node/password")
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(secrets.token_hex(16))
         refused = await self._register_node(
-            self._options.node_name, path.read_text(), "control-plane", self._options.node_ip
+            self._options.node_name, node_password(), "control-plane", self._options.node_ip
         )
         if refused:
             fatal(refused)

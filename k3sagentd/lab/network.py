@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The lab's wire: a bridge in a namespace of its own, one cable for each machine.
+
+Nothing touches the host's network: the lab works, and stays apart, wherever it runs.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from k3sagentd.errors import MachineError, UnavailableError
+
+PREFIX = "k3sagentd-lab-"
+SWITCH = f"{PREFIX}switch"
+GATEWAY = "10.77.0.1"
+NETNS = Path("/run/netns")
+
+
+def run(*command: str, stdin: str | None = None) -> str:
+    """Run a tool of the system; raises MachineError with what it said."""
+    try:
+        done = subprocess.run(
+            command, input=stdin, capture_output=True, text=True, check=False, timeout=30
+        )
+    except FileNotFoundError as error:
+        raise UnavailableError(f"{command[0]} is missing; make lab installs it") from error
+    if done.returncode:
+        raise MachineError(f"{' '.join(command)}: {done.stderr.strip() or done.returncode}")
+    return done.stdout
+
+
+def namespace(machine: str) -> str:
+    """The name of a machine's network namespace."""
+    return PREFIX + machine
+
+
+def path_of(machine: str) -> Path:
+    """Where that namespace can be entered."""
+    return NETNS / namespace(machine)
+
+
+def address_of(number: int) -> str:
+    """The address of machine ``number`` (from 1)."""
+    return f"10.77.0.{10 + number}"
+
+
+def make_switch() -> None:
+    """The bridge; multicast goes to every port, as on a plain switch."""
+    run("ip", "netns", "add", SWITCH)
+    run("ip", "-n", SWITCH, "link", "add", "br0", "type", "bridge", "mcast_snooping", "0")
+    run("ip", "-n", SWITCH, "address", "add", f"{GATEWAY}/24", "dev", "br0")
+    run("ip", "-n", SWITCH, "link", "set", "br0", "up")
+
+
+def plug_in(machine: str, number: int) -> None:
+    """A namespace with an ``eth0`` on the switch."""
+    name = namespace(machine)
+    run("ip", "netns", "add", name)
+    run("ip", "-n", SWITCH, "link", "add", machine, "type", "veth", "peer", "eth0", "netns", name)
+    run("ip", "-n", SWITCH, "link", "set", machine, "master", "br0", "up")
+    run("ip", "-n", name, "link", "set", "lo", "up")
+    run("ip", "-n", name, "link", "set", "eth0", "address", f"02:00:0a:4d:00:{10 + number:02x}")
+    run("ip", "-n", name, "address", "add", f"{address_of(number)}/24", "dev", "eth0")
+    run("ip", "-n", name, "link", "set", "eth0", "up")
+    run("ip", "-n", name, "route", "add", "default", "via", GATEWAY)
+
+
+def partition(groups: Sequence[Sequence[str]]) -> None:
+    """Cut the wire between the groups; a machine in none of them is alone."""
+    rules = []
+    for i, group in enumerate(groups):
+        others = [name for j, other in enumerate(groups) if j != i for name in other]
+        if group and others:
+            ours, theirs = ", ".join(group), ", ".join(others)
+            rules.append(f"iifname {{ {ours} }} oifname {{ {theirs} }} drop")
+    body = "\n    ".join(rules)
+    ruleset = (
+        "table bridge lab\ndelete table bridge lab\ntable bridge lab {\n  chain forward {\n"
+        f"    type filter hook forward priority 0;\n    {body}\n  }}\n}}\n"
+    )
+    run("ip", "netns", "exec", SWITCH, "nft", "-f", "-", stdin=ruleset)
+
+
+def heal() -> None:
+    """Mend every cut."""
+    ruleset = "table bridge lab\ndelete table bridge lab\n"
+    run("ip", "netns", "exec", SWITCH, "nft", "-f", "-", stdin=ruleset)
+
+
+def unplug_all() -> None:
+    """Remove every namespace of the lab."""
+    for path in sorted(NETNS.glob(f"{PREFIX}*")) if NETNS.exists() else []:
+        run("ip", "netns", "delete", path.name)
