@@ -24,13 +24,13 @@ def reached(goal: str, status: dict[str, Any]) -> bool:
     site, node = status["site"], status["node"]
     sealed = site["phase"] == "sealed"
     if goal == "nominated":
-        return sealed or site["phase"] == "nominated"
+        return bool(sealed or site["phase"] == "nominated")
     if goal == "sealed":
-        return sealed
+        return bool(sealed)
     if goal == "joined":
-        return sealed and node["phase"] == "ready"
+        return bool(sealed and node["phase"] == "ready")
     ready = [row for row in status["nodes"] if row["phase"] == "ready" and row["age_s"] == 0]
-    return sealed and len(ready) >= site["nodes"]
+    return bool(sealed and len(ready) >= site["nodes"])
 
 
 async def status(paths: Paths, *, as_json: bool, watch: bool) -> int:

@@ -77,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def _add_lab(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_lab(commands: argparse._SubParsersAction[_Parser]) -> None:
     from k3sagentd.lab import cli as lab
 
     command = commands.add_parser("lab", help="a site of several machines on this one")

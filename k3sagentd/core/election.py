@@ -170,7 +170,7 @@ def advance(turn: Turn) -> None:
         everybody = len(proposal.promises) >= node.seen
         bound = paxos.constrained(proposal.promises.values())
         free_nomination = proposal.intent is Intent.NOMINATE and bound is None
-        if everybody or not free_nomination or turn.now_s >= proposal.grace_until_s:
+        if everybody or not free_nomination or turn.now_s >= patience_until_s(node, proposal):
             value = bound.value if bound else proposal.wanted or _nomination(node, proposal)
             if value is None:
                 back_off(turn, "no machine here may be a server")
@@ -185,6 +185,21 @@ def advance(turn: Turn) -> None:
     if proposal is not None and turn.now_s >= proposal.deadline_s:
         stage = "promises" if isinstance(proposal, Preparing) else "acceptances"
         back_off(turn, node.last_reject or f"too few {stage} in time")
+
+
+def patience_until_s(node: Node, proposal: Preparing) -> float:
+    """Until when a proposer with a quorum waits for more promises.
+
+    Founding servers are chosen among those that promised, and for good: while there are fewer
+    than the site should have, a machine that is here but slow is worth most of the ballot's time.
+    """
+    hellos = (own_hello(node), *node.up)
+    here = ranking.ranked(node, hellos)
+    promised = [hello for hello in here if hello.node in proposal.promises]
+    servers = node.site.servers
+    if ranking.odd(min(servers, len(promised))) < ranking.odd(min(servers, len(here))):
+        return proposal.deadline_s - GRACE_S
+    return proposal.grace_until_s
 
 
 def _nomination(node: Node, proposal: Preparing) -> Nominate | None:

@@ -307,7 +307,7 @@ def _deadlines(node: Node) -> Iterator[float]:
     proposal = node.proposal
     if isinstance(proposal, Preparing):
         if len(proposal.promises) >= node.quorum:
-            yield proposal.grace_until_s
+            yield election.patience_until_s(node, proposal)
         yield proposal.deadline_s
     elif isinstance(proposal, Accepting):
         yield proposal.deadline_s

@@ -159,6 +159,7 @@ class Daemon:
         await self.engine.carry_out(Tick(now_s=time.monotonic()))
         try:
             await self.drive.look_at_facts()
+            await self._look_at_address()
             await self._server.start()
             await self._control.start()
             systemd.notify(READY=1)
@@ -184,14 +185,19 @@ class Daemon:
             await self._server.stop()
             await self._client.close()
 
+    async def _look_at_address(self) -> addresses.Attachment | None:
+        found = addresses.attachment(self._config.interface)
+        address = found.address if found else None
+        if address != self.engine.node.address:
+            await self.engine.carry_out(AddressChanged(now_s=time.monotonic(), address=address))
+        return found
+
     async def _follow_addresses(self) -> None:
         attached: addresses.Attachment | None = None
         async for _ in addresses.changes():
-            found = addresses.attachment(self._config.interface)
+            found = await self._look_at_address()
             if found == attached:
                 continue
-            address = found.address if found else None
-            await self.engine.carry_out(AddressChanged(now_s=time.monotonic(), address=address))
             attached = found
             if found is None:
                 await self._mdns.detach()

@@ -87,7 +87,7 @@ def _live(paths: Paths, ran: Path) -> None:
 
 def _reap(known: set[int]) -> None:
     """Collect orphans; what subprocess watches is left to it."""
-    for entry in os.listdir("/proc"):
+    for entry in [each.name for each in Path("/proc").iterdir()]:
         if not entry.isdigit() or int(entry) in known or int(entry) == 1:
             continue
         with contextlib.suppress(OSError, IndexError):

@@ -66,7 +66,7 @@ def compose(directory: Path, own: dict[str, Path], stage: Path) -> None:
     host = stage / ".host"
     host.mkdir()
     mount(directory, host, flags=MS_BIND | MS_REC)
-    for name in os.listdir(directory):
+    for name in [each.name for each in directory.iterdir()]:
         if name not in own:
             (stage / name).symlink_to(f".host/{name}")
     for name, source in own.items():

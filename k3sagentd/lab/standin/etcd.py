@@ -104,7 +104,7 @@ class Etcd:
         found = answer.get("kvs")
         return base64.b64decode(found[0]["value"]).decode() if found else None
 
-    async def list(self, prefix: str) -> list[str]:
+    async def values(self, prefix: str) -> list[str]:
         """All values below ``prefix``."""
         end = prefix[:-1] + chr(ord(prefix[-1]) + 1)
         answer = await self.call("kv/range", {"key": _b64(prefix), "range_end": _b64(end)})

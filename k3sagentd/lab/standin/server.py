@@ -326,7 +326,7 @@ class Server:
     async def _nodes(self, request: web.Request) -> web.Response:
         if self._etcd is None:
             return web.json_response([])
-        return web.json_response([json.loads(each) for each in await self._etcd.list(MINIONS)])
+        return web.json_response([json.loads(each) for each in await self._etcd.values(MINIONS)])
 
 
 def _initial(members: list[dict[str, Any]], without: str) -> list[str]:

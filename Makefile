@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+# The one door: each target installs what it needs (Debian 12 or 13, root).
+
+PYTHON  = /usr/bin/python3
+NODES   = 5
+SECONDS_IDLE = 300
+VENV    = build/venv
+RUNTIME = python3 python3-zeroconf python3-ifaddr python3-aiohttp python3-cryptography \
+          python3-systemd python3-yaml
+LAB     = $(RUNTIME) etcd-server iproute2 nftables util-linux
+TEST    = $(LAB) python3-pytest faketime avahi-daemon openssl
+LINT    = $(TEST) python3-venv python3-pip
+install = dpkg -s $(1) >/dev/null 2>&1 || { apt-get update -q && \
+          DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends $(1); }
+
+.PHONY: lab test bench lint clean
+
+lab:  ## a site of NODES machines on this one; Ctrl-C takes it down
+	@$(call install,$(LAB)) >/dev/null
+	@$(PYTHON) -m k3sagentd lab --nodes $(NODES)
+
+test:  ## every test, against Debian's own Python and packages
+	@$(call install,$(TEST)) >/dev/null
+	@$(PYTHON) -m pytest
+
+bench:  ## figures beside their references, in build/bench.json
+	@$(call install,$(TEST)) >/dev/null
+	@$(PYTHON) -m tests.bench.run --idle-seconds $(SECONDS_IDLE)
+
+lint: $(VENV)/.done  ## ruff and mypy --strict
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+$(VENV)/.done: Makefile
+	@$(call install,$(LINT)) >/dev/null
+	$(PYTHON) -m venv --system-site-packages $(VENV)
+	$(VENV)/bin/pip install -q --disable-pip-version-check 'ruff>=0.8' 'mypy>=1.13' types-PyYAML
+	@touch $@
+
+clean:
+	rm -rf build

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every bad input of the configuration: which file, which key, what was found, what is allowed."""
+
+from pathlib import Path
+
+import pytest
+
+from k3sagentd.config import load_config
+from k3sagentd.core.words import Role
+from k3sagentd.errors import ConfigError
+from k3sagentd.paths import Paths
+
+BAD = {
+    "nodes: five": "nodes is 'five'; allowed: a number from 1 to 99",
+    "nodes: 0": "nodes is 0; allowed: a number from 1 to 99",
+    "nodes: true": "nodes is True; allowed: a number from 1 to 99",
+    "role: auto": "nodes is missing; allowed: the number of machines",
+    "nodes: 5\nservers: 2": "servers is 2; allowed: an odd number",
+    "nodes: 3\nservers: 5": "servers is 5; allowed: at most nodes, which is 3",
+    "nodes: 5\nnode: 4": "node is not a setting; allowed: abandon-after, install",
+    "nodes: 5\nnodes: 7": "key nodes stands twice in line 2",
+    "nodes: 5\nrole: master": "role is 'master'; allowed: auto, server, agent",
+    "nodes: 5\nsettle: 3": "settle is 3; allowed: a duration",
+    "nodes: 5\nport: 70000": "port is 70000; allowed: a number from 1 to 65535",
+    "nodes: 5\ntoken-file: token": "token-file is 'token'; allowed: an absolute path",
+    "nodes: 5\nseeds: [a:b]": "seeds is ['a:b']; allowed: a list of host[:port]",
+    "nodes: 5\nseeds: a": "seeds is 'a'; allowed: a list of host[:port]",
+    "nodes: 5\nregistration-address: 'https://a'": "registration-address is 'https://a'; allowed: ",
+    "nodes: 5\ninstall: {method: curl}": "install.method is 'curl'; allowed: script, exec",
+    "nodes: 5\ninstall: {script: 'http://x/y'}": "install.script is 'http://x/y'; allowed: https",
+    "nodes: 5\ninstall: {script-sha256: ab}": "install.script-sha256 is 'ab'; allowed: 64 hex",
+    "nodes: 5\ninstall: {version: latest}": "install.version is 'latest'; allowed: a K3s version",
+    "nodes: 5\ninstall: {url: x}": "install.url is not a setting; allowed: binary, channel",
+    "nodes: 5\nk3s: {cluster-init: true}": "allowed: any K3s option but cluster-init",
+    "nodes: 5\nk3s: {server: 'https://a'}": "allowed: any K3s option but server",
+    "nodes: 5\nk3s: {token: x}": "allowed: any K3s option but token",
+    "nodes: [": "allowed: valid YAML",
+    "- 5": "the file is list; allowed: a mapping",
+}
+
+
+def write(tmp_path: Path, text: str, name: str = "config.yaml") -> Path:
+    path = tmp_path / "etc/k3sagentd" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("text", BAD)
+def test_bad_input_is_named(tmp_path: Path, text: str) -> None:
+    path = write(tmp_path, text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(Paths(tmp_path))
+    assert str(caught.value).startswith(f"{path}: ")
+    assert BAD[text] in str(caught.value)
+    assert caught.value.exit_code == 78
+
+
+def test_no_file_at_all(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"config.yaml: no such file; allowed: a YAML file"):
+        load_config(Paths(tmp_path))
+
+
+def test_defaults_and_units(tmp_path: Path) -> None:
+    write(tmp_path, "nodes: 2\nabandon-after: 500ms\nrole: agent\nseeds: ['h', '[fd00::1]:7']\n")
+    config = load_config(Paths(tmp_path))
+    assert (config.nodes, config.servers, config.role) == (2, 1, Role.AGENT)
+    assert config.abandon_after_s == 0.5
+    assert config.token_file == tmp_path / "etc/k3sagentd/token"
+
+
+def test_dropins_are_merged_as_k3s_does(tmp_path: Path) -> None:
+    write(tmp_path, "nodes: 3\nseeds: [a]\nk3s: {debug: true}\n")
+    write(tmp_path, "seeds+: [c]\n", "config.yaml.d/20.yaml")
+    write(tmp_path, "nodes: 5\nseeds+: [b]\n", "config.yaml.d/10.yml")
+    write(tmp_path, "nodes: 9\n", "config.yaml.d/30.txt")
+    config = load_config(Paths(tmp_path))
+    assert config.nodes == 5
+    assert config.seeds == ("a", "b", "c")
+
+
+def test_an_error_in_a_dropin_names_the_dropin(tmp_path: Path) -> None:
+    write(tmp_path, "nodes: 3\n")
+    path = write(tmp_path, "servers: 4\n", "config.yaml.d/10.yaml")
+    with pytest.raises(ConfigError, match=str(path)):
+        load_config(Paths(tmp_path))
