@@ -84,6 +84,7 @@ class Daemon:
         )
         self._control = ControlServer(paths.control, self)
         self._pending_hello: asyncio.TimerHandle | None = None
+        self._listening = False
         self._shown: str | None = None
         self._hinted: asyncio.Task[None] | None = None
         self.engine.on_change = self._changed
@@ -95,8 +96,8 @@ class Daemon:
         self._links.send(to, message)
 
     def announce(self, hello: Hello) -> None:
-        """Tell watchers, soon; the first time at once."""
-        if self._links.hello is None:
+        """Tell watchers, soon; at once while nobody can have asked yet."""
+        if not self._listening:
             self._receiver.announce(hello)
             return
         if self._pending_hello is not None:
@@ -161,6 +162,7 @@ class Daemon:
             await self.drive.look_at_facts()
             await self._look_at_address()
             await self._server.start()
+            self._listening = True
             await self._control.start()
             systemd.notify(READY=1)
             async with asyncio.TaskGroup() as tasks:

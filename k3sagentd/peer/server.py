@@ -131,7 +131,8 @@ class PeerServer:
         except ssl.SSLError as error:
             self._on_refused(address, why_refused(error))
         except OSError:
-            pass  # it went away before it said who it is
+            # Who does not trust our certificate goes without a word: asyncio sends no alert.
+            self._on_refused(address, "it broke off the TLS handshake; mostly it has another token")
         else:
             self._transports[transport] = address
 

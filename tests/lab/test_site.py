@@ -97,7 +97,7 @@ def test_the_init_node_loses_power_before_the_seal_and_goes_on(lab: Bench) -> No
 
 
 def test_the_init_node_never_comes_back_in_time(lab: Bench) -> None:
-    init = nominated_but_not_sealed(lab, "--set", "abandon-after=5s")
+    init = nominated_but_not_sealed(lab, "--set", "abandon-after=20s")
     data = site.load().machine(init) / "var/lib/rancher"
     lab.until(lambda v: (data / "k3s/k3sagentd.json").exists())
     lab.run("kill", init)

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Root reads an order as if an attacker had written it."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from k3sagentd.core.k3s import Action, Order, ServerOrAgent
+from k3sagentd.errors import DataError
+from k3sagentd.k3s.order import take_order, write_order
+from k3sagentd.paths import Paths
+
+JOIN = Order(
+    action=Action.JOIN,
+    epoch=0,
+    role=ServerOrAgent.AGENT,
+    node_name="node1",
+    servers=("https://10.0.0.1:6443", "https://[fd00::1]:6443"),
+    ca_hash="a" * 64,
+    k3s_version="v1.33.4+k3s1",
+    shared_flags={"disable": '["servicelb","traefik"]'},
+)
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> Paths:
+    found = Paths(tmp_path)
+    found.run.mkdir(parents=True)
+    return found
+
+
+def test_an_order_is_taken_once(paths: Paths) -> None:
+    write_order(paths, JOIN)
+    assert take_order(paths) == JOIN
+    assert take_order(paths) is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"node_name": "a b"},
+        {"node_name": "-a"},
+        {"node_name": "a" * 64},
+        {"node_name": "$(reboot)"},
+        {"servers": ("http://10.0.0.1:6443",)},
+        {"servers": ("https://10.0.0.1",)},
+        {"servers": ("https://10.0.0.1:6443/x",)},
+        {"servers": ("https://u:p@10.0.0.1:6443",)},
+        {"servers": ("https://10.0.0.1:6443\nserver: x",)},
+        {"servers": ("https://a:1",) * 17},
+        {"servers": ()},
+        {"ca_hash": None},
+        {"ca_hash": "A" * 64},
+        {"k3s_version": "latest; reboot"},
+        {"shared_flags": {"kubelet-arg": "x"}},
+        {"shared_flags": {"disable": "a\nb"}},
+        {"epoch": -1},
+    ],
+)
+def test_bad_fields_are_refused_and_the_order_is_gone(paths: Paths, change: dict) -> None:
+    write_order(paths, replace(JOIN, **change))
+    with pytest.raises(DataError):
+        take_order(paths)
+    assert not paths.order.exists()
+
+
+@pytest.mark.parametrize("data", [b"", b"[]", b"{", b'{"action": "init"}', b"x" * 20000])
+def test_bytes_that_are_no_order(paths: Paths, data: bytes) -> None:
+    paths.order.write_bytes(data)
+    with pytest.raises(DataError):
+        take_order(paths)
+    assert not paths.order.exists()
+
+
+def test_links_are_not_followed(paths: Paths, tmp_path: Path) -> None:
+    target = tmp_path / "secret"
+    target.write_text("{}")
+    paths.order.symlink_to(target)
+    with pytest.raises(DataError, match="symbolic link"):
+        take_order(paths)
+    os.link(target, paths.order)
+    with pytest.raises(DataError, match="no plain file"):
+        take_order(paths)
+    assert target.exists()
