@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+import itertools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -305,7 +306,7 @@ class World:
 def check_logs_agree(world: World) -> None:
     """Of any two logs, one begins with the other."""
     logs = sorted((m.durable.log for m in world.machines.values()), key=len)
-    for shorter, longer in zip(logs, logs[1:], strict=False):
+    for shorter, longer in itertools.pairwise(logs):
         assert longer[: len(shorter)] == shorter, f"logs differ\n{world.told()}"
 
 

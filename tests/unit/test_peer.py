@@ -105,7 +105,7 @@ def test_another_token_is_refused_on_both_sides(tmp_path: Path) -> None:
                 await pair.ask(client)
             async with asyncio.timeout(5):
                 while not pair.refused:
-                    await asyncio.sleep(0.01)  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
 
     asyncio.run(main())
     assert [address for address, _ in pair.refused] == ["127.0.0.1"]
@@ -195,7 +195,7 @@ def test_a_handshake_does_not_depend_on_the_clock(tmp_path: Path, year: int) -> 
             HANDSHAKE,
             str(tmp_path),
             str(year),
-        ],  # fmt: skip
+        ],
         env={**os.environ, "FAKETIME_DONT_FAKE_MONOTONIC": "1"},
         cwd=Path(__file__).resolve().parents[2],
         capture_output=True,
