@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The wire as it is in the field: avahi on the same machine, no multicast, late and new addresses."""
+"""The wire as it is in the field: avahi beside us, no multicast, late and new addresses."""
 
 import signal
 import subprocess
@@ -17,8 +17,13 @@ allow-interfaces=eth0
 """
 ENTER = "mount -t tmpfs tmpfs /run && mkdir /run/avahi-daemon && exec avahi-daemon -f {conf}"
 NO_MULTICAST = """
-table bridge quiet { chain forward { type filter hook forward priority 0;
-  ip daddr 224.0.0.0/4 drop; ip6 daddr ff00::/8 udp dport 5353 drop; } }
+table bridge quiet {
+  chain forward {
+    type filter hook forward priority 0;
+    ip daddr 224.0.0.0/4 drop
+    ip6 daddr ff00::/8 udp dport 5353 drop
+  }
+}
 """
 
 

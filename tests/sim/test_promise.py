@@ -3,6 +3,9 @@
 
 import pytest
 
+from k3sagentd.core import status
+from k3sagentd.core.k3s import Datastore, Facts
+from k3sagentd.core.words import NodePhase
 from tests.sim.world import World, node_id
 
 
@@ -104,3 +107,62 @@ def test_a_smaller_idea_of_the_site_never_elects_beside_a_larger_one() -> None:
     small = [world.machines[node_id(n)] for n in range(3)]
     assert len(world.founded) <= 1, world.told()
     assert all(m.durable.nodes is None for m in small), f"one of them voted\n{world.told()}"
+
+
+def test_a_server_with_another_flag_is_refused_with_both_values() -> None:
+    world = World(7, 3)
+    odd = world.machines[node_id(1)]
+    odd.facts = Facts(fsync_ms=99.0, shared_flags={"cluster-cidr": "10.9.0.0/16"})
+    for m in world.machines.values():
+        if m is not odd:
+            m.facts = Facts(fsync_ms=1.0, shared_flags={"cluster-cidr": "10.1.0.0/16"})
+    power_all(world)
+    world.run(60)
+    assert odd.node is not None
+    assert odd.node.phase is NodePhase.FAILED, world.told()
+    line = str(status.waiting_for(odd.node, world.now_s))
+    assert "cluster-cidr is 10.9.0.0/16 here but 10.1.0.0/16 in the cluster" in line
+
+
+@pytest.mark.parametrize("store", [Datastore.SQLITE, Datastore.ETCD])
+def test_a_cluster_that_was_there_is_the_one(store: Datastore) -> None:
+    world = World(8, 3)
+    owner = world.machines[node_id(2)]
+    owner.k3s_of = "c" * 64
+    owner.facts = Facts(datastore=store, ca_hash=owner.k3s_of, fsync_ms=99.0)
+    power_all(world)
+    world.run(90)
+    assert world.complete, world.told()
+    assert not world.founded
+    assert {m.k3s_of for m in world.machines.values()} == {"c" * 64}
+
+
+def test_two_clusters_under_one_token_stop_everybody() -> None:
+    world = World(9, 3)
+    for number, ca in ((0, "a" * 64), (1, "b" * 64)):
+        m = world.machines[node_id(number)]
+        m.k3s_of, m.facts = ca, Facts(datastore=Datastore.ETCD, ca_hash=ca, fsync_ms=1.0)
+        world.power_on(m)
+    world.run(1)
+    world.power_on(world.machines[node_id(2)])
+    world.run(100)
+    for m in world.machines.values():
+        assert m.node is not None
+        assert m.node.phase is NodePhase.CONFLICT, world.told()
+    line = str(status.waiting_for(world.machines[node_id(2)].node, world.now_s))
+    assert "CA aaaaaaaaaaaa on n0" in line
+    assert "CA bbbbbbbbbbbb on n1" in line
+    assert not world.joined
+
+
+def test_one_machine_too_many_is_told_to_all() -> None:
+    world = World(10, 3)
+    world.add(3, 3)
+    for m in world.machines.values():
+        world.power_on(m)
+    world.delay_s = 0.001
+    world.run(1)
+    lines = {str(status.waiting_for(m.node, 1.0)) for m in world.machines.values()}
+    assert not world.founded
+    assert all("4 machines here but nodes is 3; " in line for line in lines), lines
+    assert any("set nodes: 4 on each" in line for line in lines), lines

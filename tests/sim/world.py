@@ -12,7 +12,7 @@ import heapq
 import itertools
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from k3sagentd.core import machine
 from k3sagentd.core.effects import Announce, Effect, Persist, Report, Send, WriteOrder
@@ -258,17 +258,17 @@ class World:
             case Action.INIT if m.k3s_of is None:
                 m.k3s_of = hashlib.sha256(f"{m.number} {order.epoch}".encode()).hexdigest()
                 self.founded[m.k3s_of] = m.durable.node
-                m.facts = Facts(
-                    datastore=Datastore.ETCD, origin=order.epoch, ca_hash=m.k3s_of, fsync_ms=1.0
+                m.facts = replace(
+                    m.facts, datastore=Datastore.ETCD, origin=order.epoch, ca_hash=m.k3s_of
                 )
             case Action.JOIN if m.k3s_of is None:
                 m.k3s_of = order.ca_hash
                 self.joined[m.durable.node] = str(order.ca_hash)
                 server = order.role is ServerOrAgent.SERVER
                 store = Datastore.ETCD if server else Datastore.AGENT
-                m.facts = Facts(datastore=store, ca_hash=m.k3s_of, fsync_ms=1.0)
+                m.facts = replace(m.facts, datastore=store, ca_hash=m.k3s_of)
             case Action.STAND_DOWN:
-                m.k3s_of, m.facts = None, Facts(fsync_ms=1.0)
+                m.k3s_of, m.facts = None, Facts(shared_flags=m.facts.shared_flags)
         self.feed(m, FactsRead(now_s=self.now_s, facts=m.facts))
         result = Result(order=order, outcome=outcome, step="all", reason=reason)
         self.feed(m, ResultRead(now_s=self.now_s, result=result))

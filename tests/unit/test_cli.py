@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exit codes and messages of the commands, as a shell sees them."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from k3sagentd.cli.ask import reached, table
+
+ROOT = Path(__file__).resolve().parents[2]
+VIEW = {
+    "site": {"id": "s", "phase": "sealed", "epoch": 0, "nodes": 2, "servers": 1, "seen": 2,
+             "quorum": 2, "registration": ["https://10.0.0.1:6443"]},
+    "node": {"id": "a" * 32, "name": "n1", "role": "server", "phase": "ready",
+             "waiting_for": None},
+    "nodes": [
+        {"id": "a" * 32, "name": "n1", "address": "10.0.0.1", "role": "server",
+         "phase": "ready", "age_s": 0.0},
+        {"id": "b" * 32, "name": "n2", "address": None, "role": "agent",
+         "phase": "joining", "age_s": 3.2},
+    ],
+}  # fmt: skip
+
+
+def run(*arguments: str, user: int | None = None) -> tuple[int, str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "k3sagentd", *arguments],
+        cwd=ROOT,
+        user=user,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("status",), 69, "the daemon does not answer"),
+        (("registration",), 69, "the daemon does not answer"),
+        (("wait", "--for", "sealed"), 69, "the daemon does not answer"),
+        (("wait", "--for", "never"), 64, "invalid choice"),
+        (("cluster-init",), 64, "--force"),
+        (("fly",), 64, "invalid choice"),
+        (("lab", "exec", "node1", "--", "true"), 69, "no lab is up; k3sagentd lab up"),
+        (("lab", "up", "--nodes", "0"), 64, "--nodes is 0; allowed: 1 to 100"),
+    ],
+)
+def test_codes(arguments: tuple[str, ...], code: int, message: str) -> None:
+    found, said = run(*arguments)
+    assert found == code
+    assert message in said
+    assert said.startswith("k3sagentd: ")
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [("lab",), ("lab", "down"), ("apply",), ("facts",)])
+def test_root_is_asked_for_in_one_line(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    found, said = run(*arguments, user=65534)
+    assert found == 77
+    assert "root" in said
+    assert said.count("\n") == 1
+
+
+def test_the_table_is_aligned_and_plain() -> None:
+    lines = table(VIEW, colour=False).splitlines()
+    assert lines[0] == "       Site: s (sealed, epoch 0)"
+    assert lines[-2:] == [
+        "n1    10.0.0.1  server  ready    now      aaaaaaaa",
+        "n2    -         agent   joining  3 s ago  bbbbbbbb",
+    ]
+
+
+def test_what_wait_waits_for() -> None:
+    assert reached("nominated", VIEW)
+    assert reached("joined", VIEW)
+    assert not reached("complete", VIEW)
