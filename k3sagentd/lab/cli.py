@@ -24,9 +24,15 @@ from k3sagentd.lab.site import Lab
 TIMEOUT_S = 600.0
 LOOK_AROUND = """\
 look around in another terminal:
-  k3sagentd lab status                              every machine's own view
-  k3sagentd lab exec {name} -- k3sagentd status      one machine
-  k3sagentd lab exec {name} -- k3s kubectl get nodes the cluster"""
+  {program} lab status
+  {program} lab exec node1 -- k3sagentd status
+  {program} lab exec {server} -- k3s kubectl get nodes"""
+
+
+def _program() -> str:
+    """How this program is called, from a checkout or installed."""
+    module = sys.argv[0].endswith("__main__.py")
+    return f"{sys.executable} -m k3sagentd" if module else "k3sagentd"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -193,7 +199,8 @@ def _foreground(arguments: argparse.Namespace) -> int:
         say(f"{len(lab.machines)} machines with one token; none of them is the first")
         code = _wait(lab, arguments, say)
         if interactive:
-            say("\n" + LOOK_AROUND.format(name="node1"))
+            server = _a_server(lab)
+            say("\n" + LOOK_AROUND.format(program=_program(), server=server))
             if sys.stdin.isatty():
                 say("\nCtrl-C takes everything down")
                 signal.pause()
@@ -205,6 +212,14 @@ def _foreground(arguments: argparse.Namespace) -> int:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
         site.down()
+
+
+def _a_server(lab: Lab) -> str:
+    """The name of a machine that runs a server."""
+    for name in lab.machines:
+        if (lab.machine(name) / "var/lib/rancher/k3s/server").exists():
+            return name
+    return "node1"
 
 
 def _interrupt(number: int, frame: object) -> None:
