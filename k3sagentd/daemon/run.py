@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import re
 import secrets
 import signal
 import socket
@@ -58,7 +59,7 @@ class Daemon:
             servers=config.servers,
             role=config.role,
             election_key=keys.election_key,
-            hostname=socket.gethostname().split(".")[0].lower(),
+            hostname=label(socket.gethostname()),
             instance=secrets.token_hex(8),
             port=config.port,
             settle_s=config.settle_s,
@@ -213,6 +214,12 @@ class Daemon:
 
     def _hints(self) -> dict[str, str]:
         return {"state": "sealed" if self.engine.node.seal else "forming"}
+
+
+def label(hostname: str) -> str:
+    """The host's own name as Kubernetes takes it: one label of RFC 1123."""
+    text = re.sub(r"[^a-z0-9-]+", "-", hostname.split(".")[0].lower()).strip("-")
+    return text[:63].rstrip("-") or "node"
 
 
 async def _forever(task: asyncio.Task[None]) -> None:

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The shell: effects in order, the disk before the wire."""
+
+import asyncio
+import time
+from pathlib import Path
+
+import pytest
+
+from k3sagentd import store
+from k3sagentd.core import machine
+from k3sagentd.core.effects import Persist, Report, Send
+from k3sagentd.core.messages import Fetch
+from k3sagentd.core.state import Durable, Site
+from k3sagentd.core.words import NodeId, Role
+from k3sagentd.daemon.engine import Engine
+from k3sagentd.daemon.run import label
+from k3sagentd.k3s.order import NAME
+
+ME, YOU = NodeId("a" * 32), NodeId("b" * 32)
+
+
+@pytest.mark.parametrize(
+    ("hostname", "wanted"),
+    [
+        ("pi", "pi"),
+        ("Pi_4.lan", "pi-4"),
+        ("-x-", "x"),
+        ("___", "node"),
+        ("a" * 80, "a" * 63),
+    ],
+)
+def test_any_hostname_becomes_a_label(hostname: str, wanted: str) -> None:
+    assert label(hostname) == wanted
+    assert NAME.fullmatch(wanted)
+
+
+class Wire:
+    """Notes what leaves, and what was on the disk then."""
+
+    def __init__(self, state: Path) -> None:
+        self.state = state
+        self.sent: list[Durable] = []
+
+    def send(self, to: NodeId, message: object) -> None:
+        self.sent.append(store.load(self.state, ME, fresh=False))
+
+    def announce(self, hello: object) -> None:
+        pass
+
+    def order(self, order: object) -> None:
+        pass
+
+
+def engine(tmp_path: Path) -> tuple[Engine, Wire]:
+    site = Site(nodes=3, servers=3, role=Role.AUTO, election_key=b"k", hostname="n", instance="i")
+    durable = store.load(tmp_path, ME, fresh=True)
+    wire = Wire(tmp_path)
+    node = machine.new_node(site, durable, time.monotonic())
+    return Engine(node, tmp_path, wire), wire
+
+
+def test_nothing_leaves_before_the_disk_has_it(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("k3sagentd.daemon.engine.PERSIST_RETRY_S", 0.05)
+    subject, wire = engine(tmp_path)
+    voted = Durable(node=ME, nodes=3)
+    effects = (Persist(durable=voted), Send(to=YOU, message=Fetch(first=0)), Report(text="x"))
+    real, failures = store.save, [OSError(28, "No space left on device")] * 3
+
+    def save(directory: Path, durable: Durable) -> None:
+        if failures:
+            assert not wire.sent, "it left before the disk had it"
+            raise failures.pop()
+        real(directory, durable)
+
+    monkeypatch.setattr(store, "save", save)
+
+    async def run() -> None:
+        for effect in effects:
+            await subject._do(effect)
+
+    asyncio.run(run())
+    assert not failures
+    assert wire.sent == [voted]
+
+
+def test_a_full_disk_is_told_and_its_end_too(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("k3sagentd.daemon.engine.PERSIST_RETRY_S", 0.05)
+    subject, _ = engine(tmp_path)
+    failures = [OSError(30, "Read-only file system")]
+
+    def save(directory: Path, durable: Durable) -> None:
+        if failures:
+            raise failures.pop()
+
+    monkeypatch.setattr(store, "save", save)
+
+    async def run() -> None:
+        await subject._do(Persist(durable=Durable(node=ME)))
+
+    asyncio.run(run())
+    kinds = [type(event).__name__ for event, _ in subject._queue]
+    assert kinds == ["PersistFailed", "PersistRecovered"]
