@@ -35,8 +35,8 @@ def _duration(text: str) -> float:
     return float(match[1]) * {"s": 1.0, "m": 60.0, "h": 3600.0}[match[2] or "s"]
 
 
-def parser() -> argparse.ArgumentParser:
-    """All commands."""
+def parser(*, with_lab: bool = True) -> argparse.ArgumentParser:
+    """All commands; the lab's own only where they are asked for, the daemon does not need them."""
     top = _Parser(
         prog="k3sagentd", description="Starts one highly available K3s cluster from equal machines."
     )
@@ -73,7 +73,8 @@ def parser() -> argparse.ArgumentParser:
     force = add("cluster-init", "start the cluster here: you decide instead of a quorum", _force)
     force.add_argument("--force", action="store_true", required=True)
     add("reset", "put this node's identity and votes aside; K3s's data stays", _reset)
-    _add_lab(commands)
+    if with_lab:
+        _add_lab(commands)
     return top
 
 
@@ -88,7 +89,8 @@ def _add_lab(commands: argparse._SubParsersAction[_Parser]) -> None:
 def main(arguments: list[str]) -> int:
     """Run one command; returns the exit code."""
     try:
-        parsed = parser().parse_args(arguments)
+        light = arguments[:1] in (["run"], ["apply"], ["facts"])
+        parsed = parser(with_lab=not light).parse_args(arguments)
         code: int = parsed.run(parsed)
         return code
     except K3sagentdError as error:

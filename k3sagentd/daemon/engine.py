@@ -8,6 +8,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol, assert_never
 
@@ -48,6 +49,7 @@ class Engine:
         self.revision = 0
         self.reports: deque[tuple[int, float, str]] = deque(maxlen=EVENTS_KEPT)
         self._reported = 0
+        self._disk = ThreadPoolExecutor(max_workers=1, thread_name_prefix="disk")
         self._state = state
         self._outward = outward
         self._queue: deque[tuple[Event, asyncio.Future[None] | None]] = deque()
@@ -148,7 +150,8 @@ class Engine:
         failed = False
         while True:
             try:
-                await asyncio.to_thread(store.save, self._state, durable)
+                loop = asyncio.get_running_loop()
+                await loop.run_in_executor(self._disk, store.save, self._state, durable)
                 break
             except OSError as error:
                 if not failed:

@@ -126,7 +126,7 @@ class Lab:
         hostname = (machine / "etc/hostname").read_text().strip()
         (machine / "ran").unlink(missing_ok=True)
         package = Path(__file__).resolve().parents[2]
-        environment = {**os.environ, "PYTHONPATH": str(package), "PYTHONDONTWRITEBYTECODE": "1"}
+        environment = {**os.environ, "PYTHONPATH": str(package)}
         command = [sys.executable, "-m", "k3sagentd.lab.init"]
         done = subprocess.run(
             [*command, str(machine), str(network.path_of(name)), hostname],
@@ -170,7 +170,7 @@ class Lab:
             raise UnavailableError(f"{name} is off; k3sagentd lab start {name}")
         package = Path(__file__).resolve().parents[2]
         enter = ["nsenter", "-t", str(pid), "--mount", "--uts", "--net", "--pid", "--wdns=/"]
-        return [*enter, "env", f"PYTHONPATH={package}", "PYTHONDONTWRITEBYTECODE=1", *command]
+        return [*enter, "env", f"PYTHONPATH={package}", *command]
 
     def started_at(self) -> float | None:
         """Unix time at which the last daemon was started; None while one was not."""

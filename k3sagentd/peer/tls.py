@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import ssl
+from asyncio import sslproto
 
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -21,6 +22,12 @@ from k3sagentd.keys import SiteKeys
 
 NO_CHECK_TIME = 0x200000
 """OpenSSL's X509_V_FLAG_NO_CHECK_TIME: a Pi has no clock at boot, and it decides nothing here."""
+
+
+BUFFER_BYTES = 32 * 1024
+"""Read buffer of one connection: two records of TLS. asyncio takes 256 KiB for each, which with
+two connections for each peer would be most of the daemon's memory."""
+sslproto.SSLProtocol.max_size = BUFFER_BYTES
 
 
 def server_context(keys: SiteKeys, identity: Identity) -> ssl.SSLContext:

@@ -130,15 +130,15 @@ def main() -> int:
             if nodes == 10:
                 time.sleep(20)  # what the start set in motion comes to rest
                 pids = daemons(lab)
-                memory = max(resident_mib(pid) for pid in pids)
-                rows.append(
-                    row("resident", nodes, memory, "MiB", reference_mib(), 1.15, ratio=True)
-                )
                 before = cost(pids)
                 time.sleep(idle_s)
                 after = cost(pids)
                 share = (after[0] - before[0]) / len(pids) / idle_s * 100
                 rows.append(row("idle cpu", nodes, share, "% of a core", 0, 0.1, ratio=False))
+                memory = max(resident_mib(pid) for pid in pids)
+                rows.append(
+                    row("resident", nodes, memory, "MiB", reference_mib(), 1.15, ratio=True)
+                )
                 written = after[1] - before[1]
                 rows.append(row("idle writes", nodes, written, "bytes", 0, 0, ratio=False))
         finally:
