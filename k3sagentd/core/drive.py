@@ -26,6 +26,9 @@ RETRY_LIMIT_S = 300.0
 """Between attempts: 5 s as K3s's own unit (RestartSec), doubled up to five minutes."""
 FOR_GOOD_RETRY_S = 300.0
 """What needs a person is looked at again now and then, so that nobody has to tell us."""
+ORDER_TIMEOUT_S = 3600.0
+"""After this an order without an end was lost with the process that had taken it: twice what an
+install may take."""
 ASK_S = 3.0
 """Before another peer is asked for the registration."""
 COMMON_HOSTNAMES = frozenset({"raspberrypi", "localhost", "debian", "ubuntu", "dietpi", "armbian"})
@@ -188,7 +191,8 @@ def _ordered(node: Node, action: Action) -> bool:
 def _ensure(turn: Turn, action: Action) -> None:
     drive = turn.node.drive
     if _ordered(turn.node, action):
-        if drive.retry_at_s is None or turn.now_s < drive.retry_at_s:
+        due_s = order_due_s(drive)
+        if due_s is None or turn.now_s < due_s:
             return
         attempt = drive.order.attempt + 1 if drive.order else 0
     else:
@@ -196,8 +200,17 @@ def _ensure(turn: Turn, action: Action) -> None:
         turn.drive(first_order_s=turn.now_s)
     _remember(turn, action)
     order = replace(_order(turn.node, action), attempt=attempt)
-    turn.drive(order=order, outcome=Outcome.RUNNING, result=None, retry_at_s=None)
+    turn.drive(
+        order=order, outcome=Outcome.RUNNING, result=None, retry_at_s=None, ordered_s=turn.now_s
+    )
     turn.effects.append(WriteOrder(order=order))
+
+
+def order_due_s(drive: Drive) -> float | None:
+    """When the order that stands is given again, as a new attempt; None: it is done."""
+    if drive.retry_at_s is None and drive.order is not None and drive.outcome is Outcome.RUNNING:
+        return drive.ordered_s + ORDER_TIMEOUT_S
+    return drive.retry_at_s
 
 
 def _remember(turn: Turn, action: Action) -> None:

@@ -315,8 +315,8 @@ def _deadlines(node: Node) -> Iterator[float]:
         yield plan[0]
     if node.phase is NodePhase.DISCOVERING and guards.may_not_propose(node) is None:
         yield node.last_new_s + node.site.settle_s
-    if node.drive.retry_at_s is not None:
-        yield node.drive.retry_at_s
+    if (due_s := drive.order_due_s(node.drive)) is not None:
+        yield due_s
     if node.phase is NodePhase.JOINING:
         yield node.drive.asked_s + drive.ASK_S
     if node.phase is NodePhase.INITIALISING and node.drive.first_order_s is not None:

@@ -110,6 +110,8 @@ class Drive:
     result: Result | None = None
     """The last word of ``apply`` on ``order``."""
     retry_at_s: float | None = None
+    ordered_s: float = float("-inf")
+    """When ``order`` was given."""
     first_order_s: float | None = None
     """When this action was first ordered."""
     prepared: bool = False

@@ -72,6 +72,17 @@ def test_an_install_that_fails_for_good_passes_the_task_on() -> None:
     assert len(world.founded) == 1
 
 
+def test_an_order_that_was_taken_and_lost_is_given_again() -> None:
+    world = World(3, 3, abandon_after_s=1e6)
+    for m in world.machines.values():
+        m.swallows = 1
+    power_all(world)
+    world.run(3000)
+    assert not world.complete
+    world.run(3 * 3700)
+    assert world.complete, world.told()
+
+
 def test_two_halves_of_four_wait() -> None:
     world = World(4, 4)
     world.partition({0, 1}, {2, 3})

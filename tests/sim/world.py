@@ -63,6 +63,8 @@ class Machine:
     """The cluster (CA hash) that its K3s data belongs to."""
     tick_at_s: float | None = None
     install_fails: bool = False
+    swallows: int = 0
+    """So many orders are taken and never answered."""
 
 
 class World:
@@ -245,6 +247,9 @@ class World:
 
         def done() -> None:
             if m.boots != boot or m.node is None:
+                return
+            if m.swallows:
+                m.swallows -= 1
                 return
             self._carry_out(m, order)
 
