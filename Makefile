@@ -13,7 +13,7 @@ LINT    = $(TEST) python3-venv python3-pip
 install = dpkg -s $(1) >/dev/null 2>&1 || { apt-get update -q && \
           DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends $(1); }
 
-.PHONY: lab test bench lint clean
+.PHONY: lab test bench lint docs clean
 
 lab:  ## a site of NODES machines on this one; Ctrl-C takes it down
 	@$(call install,$(LAB)) >/dev/null
@@ -37,6 +37,9 @@ $(VENV)/.done: Makefile
 	$(PYTHON) -m venv --system-site-packages $(VENV)
 	$(VENV)/bin/pip install -q --disable-pip-version-check 'ruff>=0.8' 'mypy>=1.13' types-PyYAML
 	@touch $@
+
+docs:  ## the pages that are made from the code
+	$(PYTHON) -m tests.lifecycle_doc > docs/lifecycle.md
 
 clean:
 	rm -rf build
