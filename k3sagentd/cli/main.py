@@ -10,6 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NoReturn
 
@@ -116,17 +117,20 @@ def console() -> NoReturn:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from k3sagentd import site_token, systemd
+    from k3sagentd import keys, site_token, systemd
     from k3sagentd.config import load_config
-    from k3sagentd.daemon import run
 
     systemd.set_up_logging()
     paths = Paths()
     config = load_config(paths)
     token = site_token.load(config.token_file)
     paths.run.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        # scrypt is slow by design and leaves the interpreter free: load the rest meanwhile.
+        derived = pool.submit(keys.derive, token)
+        from k3sagentd.daemon import run
     try:
-        asyncio.run(run.main(config, token, paths))
+        asyncio.run(run.main(config, token, derived.result(), paths))
     except ExceptionGroup as group:
         mine, rest = group.split(K3sagentdError)
         if rest is not None or mine is None:

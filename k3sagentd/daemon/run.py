@@ -33,7 +33,7 @@ from k3sagentd.discovery.mdns import Mdns
 from k3sagentd.discovery.table import Source
 from k3sagentd.identity import Identity, load_or_create
 from k3sagentd.k3s.facts import MachineFacts, read_facts
-from k3sagentd.keys import SiteKeys, derive
+from k3sagentd.keys import SiteKeys
 from k3sagentd.paths import Paths
 from k3sagentd.peer.client import PeerClient
 from k3sagentd.peer.server import PeerServer
@@ -245,14 +245,13 @@ async def _facts(paths: Paths) -> MachineFacts:
     return found
 
 
-async def main(config: Config, token: bytes, paths: Paths) -> None:
+async def main(config: Config, token: bytes, keys: SiteKeys, paths: Paths) -> None:
     """Run the daemon until SIGTERM or SIGINT; raises K3sagentdError."""
     this = asyncio.current_task()
     assert this is not None
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, this.cancel)
-    keys = derive(token)
     found = await _facts(paths)
     identity = load_or_create(paths.state, keys, found.hardware)
     log.info("node %s of site %s, pid %d", identity.node, keys.site_id, os.getpid())

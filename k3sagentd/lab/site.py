@@ -24,6 +24,7 @@ from k3sagentd.lab import network
 
 MACHINES_LIMIT = 100
 KILL_TIMEOUT_S = 10.0
+BOOT_TIMEOUT_S = 30.0
 DIRECTORIES = (
     "etc/k3sagentd",
     "etc/rancher",
@@ -119,7 +120,7 @@ class Lab:
         path.chmod(0o755)
 
     def start(self, name: str) -> None:
-        """Power on."""
+        """Power on; returns once it has booted, that is: once its daemon was started."""
         machine = self.machine(name)
         if self.pid(name) is not None:
             raise UsageError(f"{name} is on already")
@@ -141,6 +142,11 @@ class Lab:
             raise MachineError(f"{name} does not start: {done.stderr.strip().splitlines()[-1:]}")
         pid = int(done.stdout)
         (machine / "pid").write_text(f"{pid} {_start_time(pid)}")
+        deadline = time.monotonic() + BOOT_TIMEOUT_S
+        while not (machine / "ran").exists():
+            if self.pid(name) is None or time.monotonic() > deadline:
+                raise MachineError(f"{name} does not boot; see {machine}/var/log/init.log")
+            time.sleep(0.01)
 
     def pid(self, name: str) -> int | None:
         """PID 1 of a machine that is on, as seen from here."""

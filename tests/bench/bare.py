@@ -12,8 +12,8 @@ from zeroconf.asyncio import AsyncServiceBrowser, AsyncServiceInfo, AsyncZerocon
 TYPE = "_k3sagentd-bench._tcp.local."
 
 
-async def main(address: str, expected: int, start: float) -> None:
-    """Announce, browse, print the seconds from ``start`` until all were seen."""
+async def main(address: str, expected: int) -> None:
+    """Announce, browse, print the Unix time at which all were seen."""
     seen: set[str] = set()
     done = asyncio.Event()
 
@@ -23,6 +23,7 @@ async def main(address: str, expected: int, start: float) -> None:
             if len(seen) >= expected:
                 done.set()
 
+    print("up", flush=True)
     zeroconf = AsyncZeroconf(interfaces=[address])
     name = f"n{address.replace('.', '-')}.{TYPE}"
     packed = [ipaddress.ip_address(address).packed]
@@ -30,10 +31,10 @@ async def main(address: str, expected: int, start: float) -> None:
     AsyncServiceBrowser(zeroconf.zeroconf, TYPE, handlers=[changed])
     await zeroconf.async_register_service(info)
     await done.wait()
-    print(time.time() - start, flush=True)
+    print(time.time(), flush=True)
     await asyncio.sleep(1.0)
     await zeroconf.async_close()
 
 
 if __name__ == "__main__":
-    asyncio.run(main(sys.argv[1], int(sys.argv[2]), float(sys.argv[3])))
+    asyncio.run(main(sys.argv[1], int(sys.argv[2])))

@@ -53,20 +53,22 @@ def make(nodes: int) -> Lab:
 
 
 def bare(lab: Lab) -> float:
-    """Seconds from the start of the last bare zeroconf until the last one saw all."""
-    processes = []
+    """Seconds from the start of the last bare zeroconf until the last one saw all.
+
+    Started one after the other, each when the one before is up, as the lab powers machines on.
+    """
+    processes, last = [], 0.0
     for name, number in lab.machines.items():
         enter = ["ip", "netns", "exec", network.namespace(name), sys.executable, "-m"]
-        last = str(time.time())
-        arguments = ["tests.bench.bare", network.address_of(number), str(lab.nodes), last]
-        processes.append(
-            subprocess.Popen([*enter, *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        arguments = ["tests.bench.bare", network.address_of(number), str(lab.nodes)]
+        last = time.time()
+        process = subprocess.Popen(
+            [*enter, *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True
         )
-    ends = [float(p.communicate(timeout=60)[0]) for p in processes]
-    # Each counts from its own start; the last one started is the last argument given.
-    return max(
-        end - (float(last) - float(p.args[-1])) for end, p in zip(ends, processes, strict=True)
-    )
+        assert process.stdout is not None
+        assert process.stdout.readline() == "up\n"
+        processes.append(process)
+    return max(float(each.communicate(timeout=60)[0]) for each in processes) - last
 
 
 def election(lab: Lab) -> float:

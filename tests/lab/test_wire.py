@@ -102,3 +102,19 @@ def test_a_crashed_lab_is_cleaned_up_by_the_next(lab: Bench) -> None:
     first.wait()
     lab.run("up", "--nodes", "1", *FAST, "--wait", "sealed")
     assert list(lab.views()) == ["node1"]
+
+
+def test_ctrl_c_takes_everything_down(lab: Bench) -> None:
+    first = subprocess.Popen(
+        [sys.executable, "-m", "k3sagentd", "lab", "--nodes", "2"],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+    )
+    while not (site.directory() / "nodes/node2/pid").exists():
+        time.sleep(0.05)
+    pids = [site.load().pid(name) for name in ("node1", "node2")]
+    first.send_signal(signal.SIGINT)
+    assert first.wait(30) == 0
+    assert not site.directory().exists()
+    assert not list(network.NETNS.glob(f"{network.PREFIX}*"))
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
