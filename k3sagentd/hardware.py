@@ -30,11 +30,6 @@ class Hardware:
     macs: tuple[str, ...] = ()
     """Addresses of the network interfaces, as far as they are burnt in."""
 
-    @property
-    def blank(self) -> bool:
-        """Whether there is no mark at all."""
-        return self == Hardware()
-
 
 def read_hardware(root: Path = Path("/")) -> Hardware:
     """Read the marks of this machine; what cannot be read is left out."""

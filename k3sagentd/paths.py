@@ -82,11 +82,6 @@ class Paths:
         return self._at("var/lib/rancher/k3s")
 
     @property
-    def k3s_binary(self) -> Path:
-        """Where the install script puts K3s."""
-        return self._at("usr/local/bin/k3s")
-
-    @property
     def k3s_log(self) -> Path:
         """Output of a K3s that we supervise."""
         return self._at("var/log/k3s.log")

@@ -29,8 +29,6 @@ class Facts:
     """Epoch in which our init order made this data; None: it was there before us."""
     ca_hash: str | None = None
     """SHA-256 (64 hex) of ``server/tls/server-ca.crt``, where there is one."""
-    cluster_server: str | None = None
-    """The https URL that an existing node of another cluster was told to join, if any."""
     fsync_ms: float | None = None
     """Median latency of an 8 KiB write and fdatasync in the data directory's file system."""
     shared_flags: Mapping[str, str] = field(default_factory=dict)

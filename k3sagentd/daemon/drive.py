@@ -9,7 +9,7 @@ import time
 
 from k3sagentd.core.events import FactsRead, K3sProbed, ResultRead
 from k3sagentd.core.hello import k3s_role
-from k3sagentd.core.k3s import Action, K3sState, Order, Outcome
+from k3sagentd.core.k3s import Action, Order, Outcome
 from k3sagentd.core.words import NodePhase
 from k3sagentd.daemon.engine import Engine
 from k3sagentd.errors import DataError
@@ -36,7 +36,6 @@ class Drive:
         self._token = token
         self._wake = asyncio.Event()
         self._orders = 0
-        self._last: K3sState | None = None
 
     def order(self, order: Order) -> None:
         """Write an order; a disk of memory that takes nothing is retried with the next attempt."""

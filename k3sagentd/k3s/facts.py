@@ -75,7 +75,6 @@ def collect(paths: Paths, config: Config, fsync_ms: float | None = None) -> Fact
         datastore=store,
         origin=read_marker(data),
         ca_hash=_ca_hash(data),
-        cluster_server=None,
         fsync_ms=fsync_ms if fsync_ms is not None else measure_fsync(data),
         shared_flags=flags.shared(_options(paths, config)),
     )

@@ -26,7 +26,6 @@ class ServerClient:
         self.url = url
         self._token = token
         self._auth = aiohttp.BasicAuth(user, password_of(token))
-        self._user = user
 
     async def cacerts(self) -> bytes:
         """The CA, checked against the token's hash."""
