@@ -141,7 +141,7 @@ class Lab:
         if done.returncode:
             raise MachineError(f"{name} does not start: {done.stderr.strip().splitlines()[-1:]}")
         pid = int(done.stdout)
-        (machine / "pid").write_text(f"{pid} {_start_time(pid)}")
+        (machine / "pid").write_text(f"{pid} {start_time(pid)}")
         deadline = time.monotonic() + BOOT_TIMEOUT_S
         while not (machine / "ran").exists():
             if self.pid(name) is None or time.monotonic() > deadline:
@@ -154,7 +154,7 @@ class Lab:
             pid, started = (self.machine(name) / "pid").read_text().split()
         except (FileNotFoundError, ValueError):
             return None
-        return int(pid) if _start_time(int(pid)) == started else None
+        return int(pid) if start_time(int(pid)) == started else None
 
     def kill(self, name: str) -> None:
         """Cut the power: everything in it dies at once."""
@@ -189,7 +189,7 @@ class Lab:
         return max(times)
 
 
-def _start_time(pid: int) -> str | None:
+def start_time(pid: int) -> str | None:
     """Clock ticks since boot at which ``pid`` began; None for one that is gone or a zombie."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -219,12 +219,12 @@ def create(lab: Lab, *, owned: bool) -> None:
     with contextlib.suppress(UnavailableError):
         before = load()
         owner = (before.owner or " ").split(" ")
-        orphan = before.owner and _start_time(int(owner[0])) != owner[1]
+        orphan = before.owner and start_time(int(owner[0])) != owner[1]
         if not orphan and any(before.pid(name) for name in before.machines):
             raise UsageError("a lab is up already; k3sagentd lab down")
     down()
     if owned:
-        lab.owner = f"{os.getpid()} {_start_time(os.getpid())}"
+        lab.owner = f"{os.getpid()} {start_time(os.getpid())}"
     if not lab.token:
         lab.token = site_token.generate()
     lab.save()

@@ -117,4 +117,4 @@ def test_ctrl_c_takes_everything_down(lab: Bench) -> None:
     assert first.wait(30) == 0
     assert not site.directory().exists()
     assert not list(network.NETNS.glob(f"{network.PREFIX}*"))
-    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    assert not any(pid is not None and site.start_time(pid) for pid in pids)
