@@ -22,7 +22,8 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
-from k3sagentd import schema
+from k3sagentd import schema, store
+from k3sagentd.core.state import Durable
 from k3sagentd.core.words import NODE_ID_LENGTH, NodeId
 from k3sagentd.errors import DataError
 from k3sagentd.files import fsync_directory, read_bounded, write_atomically
@@ -51,8 +52,6 @@ class Identity:
     node: NodeId
     key: Ed25519PrivateKey
     certificate: x509.Certificate
-    fresh: bool
-    """Made just now: it has not said anything yet."""
     moved: str | None = None
     """Why an earlier identity was put aside, and where, if so."""
 
@@ -88,21 +87,21 @@ def load_or_create(state: Path, keys: SiteKeys, hardware: Hardware) -> Identity:
         else:
             if same_machine(binding.hardware, hardware):
                 _learn_hardware(state, binding, hardware)
-                return _identity(keys, key, fresh=False)
+                return _identity(keys, key)
             moved = put_aside(state, "the card was moved here from another machine")
     key = Ed25519PrivateKey.generate()
-    # The binding first: a key without one, after a power cut between the two, is made anew.
-    binding = Binding(node=node_id_of(key.public_key()), hardware=hardware)
-    _write_binding(state, binding)
-    write_atomically(state / KEY_FILE, _key_pem(key), mode=0o600)
-    return _identity(keys, key, fresh=True, moved=moved)
-
-
-def _identity(
-    keys: SiteKeys, key: Ed25519PrivateKey, *, fresh: bool, moved: str | None = None
-) -> Identity:
+    # The key last: an identity that a power cut left without one has said nothing and is made
+    # anew, and one that has a key has a file for its votes, whose loss is noticed (store.restore).
     node = node_id_of(key.public_key())
-    return Identity(node, key, leaf_certificate(keys, key, node), fresh, moved)
+    _write_binding(state, Binding(node=node, hardware=hardware))
+    store.save(state, Durable(node=node))
+    write_atomically(state / KEY_FILE, _key_pem(key), mode=0o600)
+    return _identity(keys, key, moved=moved)
+
+
+def _identity(keys: SiteKeys, key: Ed25519PrivateKey, *, moved: str | None = None) -> Identity:
+    node = node_id_of(key.public_key())
+    return Identity(node, key, leaf_certificate(keys, key, node), moved)
 
 
 def _load(state: Path) -> tuple[Ed25519PrivateKey, Binding]:

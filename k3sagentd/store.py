@@ -25,44 +25,59 @@ FORMAT_VERSION = 1
 SIZE_LIMIT_BYTES = 8 * 1024 * 1024
 
 
-def save(directory: Path, durable: Durable) -> None:
-    """Make ``durable`` survive a power cut; raises OSError, then the old state still stands."""
+def encode(durable: Durable) -> bytes:
+    """The file's bytes: the same for equal states."""
     state = schema.dumps(durable)
     document = {
         "version": FORMAT_VERSION,
         "sha256": hashlib.sha256(state.encode()).hexdigest(),
         "state": json.loads(state),
     }
-    text = json.dumps(document, sort_keys=True, indent=1) + "\n"
-    write_atomically(directory / FILE_NAME, text.encode(), mode=0o600)
+    return (json.dumps(document, sort_keys=True, indent=1) + "\n").encode()
 
 
-def load(directory: Path, node: NodeId, *, fresh: bool) -> Durable:
-    """Return the state of identity ``node``.
+def save(directory: Path, durable: Durable) -> None:
+    """Make ``durable`` survive a power cut; raises OSError, then the old state still stands."""
+    write_atomically(directory / FILE_NAME, encode(durable), mode=0o600)
 
-    With ``fresh`` the identity was made just now, so that nothing it said can be lost. Otherwise
-    a missing or damaged file gives (and saves) a state that never votes. Raises OSError.
+
+def load(directory: Path, node: NodeId) -> Durable:
+    """Return the state of identity ``node``; a missing or damaged file is kept aside.
+
+    What was lost gives (and saves) a state that never votes. Raises OSError.
     """
     path = directory / FILE_NAME
-    if fresh:
-        durable = Durable(node=node)
-        save(directory, durable)
-        return durable
     try:
-        return _parse(read_bounded(path, SIZE_LIMIT_BYTES), node)
+        data = read_bounded(path, SIZE_LIMIT_BYTES)
     except FileNotFoundError:
-        reason = f"its votes are lost ({path} is missing)"
-    except DataError as error:
-        kept = _keep_aside(path)
-        reason = f"its votes are lost ({path} is damaged: {error}; kept as {kept.name})"
-    reason += "; it never votes again under this identity: k3sagentd reset gives it a new one"
-    log.error("%s", reason)
-    durable = Durable(node=node, muted=reason)
-    save(directory, durable)
+        data = None
+    durable, whole = restore(data, node)
+    if not whole:
+        kept = f"; kept as {_keep_aside(path, data).name}" if data is not None else ""
+        log.error("%s: %s%s", path, durable.muted, kept)
+        save(directory, durable)
     return durable
 
 
-def _parse(data: bytes, node: NodeId) -> Durable:
+def restore(data: bytes | None, node: NodeId) -> tuple[Durable, bool]:
+    """The state that the file's bytes stand for, and whether it is all that was ever said.
+
+    None: there is no file. ``identity`` writes one before the key of an identity, so its absence
+    is a loss like any damage.
+    """
+    try:
+        if data is None:
+            raise DataError("the file is missing")
+        return _decode(data, node), True
+    except DataError as error:
+        reason = (
+            f"its votes are lost ({FILE_NAME}: {error}); it never votes again under this "
+            "identity: k3sagentd reset gives it a new one"
+        )
+        return Durable(node=node, muted=reason), False
+
+
+def _decode(data: bytes, node: NodeId) -> Durable:
     try:
         document = json.loads(data)
         version, digest, state = document["version"], document["sha256"], document["state"]
@@ -79,9 +94,8 @@ def _parse(data: bytes, node: NodeId) -> Durable:
     return durable
 
 
-def _keep_aside(path: Path) -> Path:
+def _keep_aside(path: Path, data: bytes) -> Path:
     """Copy the damaged bytes to a name that is free."""
-    data = path.read_bytes()
     for number in range(1, 1000):
         kept = path.with_name(f"{path.name}.damaged-{number}")
         if not kept.exists():

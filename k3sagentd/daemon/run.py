@@ -66,7 +66,7 @@ class Daemon:
             abandon_after_s=config.abandon_after_s,
             registration_address=config.registration_address,
         )
-        durable = store.load(paths.state, identity.node, fresh=identity.fresh)
+        durable = store.load(paths.state, identity.node)
         node: Node = machine.new_node(site, durable, time.monotonic())
         self.engine = Engine(node, paths.state, self)
         self._client = PeerClient(client_context(keys, identity))

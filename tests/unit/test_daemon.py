@@ -43,7 +43,7 @@ class Wire:
         self.sent: list[Durable] = []
 
     def send(self, to: NodeId, message: object) -> None:
-        self.sent.append(store.load(self.state, ME, fresh=False))
+        self.sent.append(store.load(self.state, ME))
 
     def announce(self, hello: object) -> None:
         pass
@@ -54,7 +54,8 @@ class Wire:
 
 def engine(tmp_path: Path) -> tuple[Engine, Wire]:
     site = Site(nodes=3, servers=3, role=Role.AUTO, election_key=b"k", hostname="n", instance="i")
-    durable = store.load(tmp_path, ME, fresh=True)
+    durable = Durable(node=ME)
+    store.save(tmp_path, durable)
     wire = Wire(tmp_path)
     node = machine.new_node(site, durable, time.monotonic())
     return Engine(node, tmp_path, wire), wire

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Identity and votes on the disk: bound to the hardware, never silently forgotten."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,7 @@ def full() -> Durable:
 
 def test_votes_survive(tmp_path: Path) -> None:
     store.save(tmp_path, full())
-    assert store.load(tmp_path, ME, fresh=False) == full()
+    assert store.load(tmp_path, ME) == full()
 
 
 def test_any_flipped_byte_mutes_the_node_and_keeps_the_file(tmp_path: Path) -> None:
@@ -47,14 +48,14 @@ def test_any_flipped_byte_mutes_the_node_and_keeps_the_file(tmp_path: Path) -> N
             each.unlink()
         bad = good[:i] + bytes([good[i] ^ 1]) + good[i + 1 :]
         (tmp_path / store.FILE_NAME).write_bytes(bad)
-        loaded = store.load(tmp_path, ME, fresh=False)
+        loaded = store.load(tmp_path, ME)
         if loaded == full():  # white space, which carries no vote
             continue
         assert loaded.muted, f"byte {i}"
         assert loaded.acceptor.blank
         kept = tmp_path / f"{store.FILE_NAME}.damaged-1"
         assert kept.read_bytes() == bad
-        assert store.load(tmp_path, ME, fresh=False).muted == loaded.muted
+        assert store.load(tmp_path, ME).muted == loaded.muted
 
 
 def test_every_truncation_mutes_the_node(tmp_path: Path) -> None:
@@ -62,35 +63,58 @@ def test_every_truncation_mutes_the_node(tmp_path: Path) -> None:
     good = (tmp_path / store.FILE_NAME).read_bytes()
     for length in range(0, len(good) - 1, 11):
         (tmp_path / store.FILE_NAME).write_bytes(good[:length])
-        assert store.load(tmp_path, ME, fresh=False).muted
+        assert store.load(tmp_path, ME).muted
 
 
-def test_a_lost_file_mutes_an_old_identity_but_not_a_fresh_one(tmp_path: Path) -> None:
-    assert store.load(tmp_path, ME, fresh=True).muted is None
-    (tmp_path / store.FILE_NAME).unlink()
-    assert "is missing" in str(store.load(tmp_path, ME, fresh=False).muted)
+def test_a_lost_file_mutes_an_identity(tmp_path: Path) -> None:
+    assert "is missing" in str(store.load(tmp_path, ME).muted)
 
 
 def test_votes_of_another_node_are_not_taken(tmp_path: Path) -> None:
     store.save(tmp_path, full())
-    assert store.load(tmp_path, NodeId("b" * 32), fresh=False).muted
+    assert store.load(tmp_path, NodeId("b" * 32)).muted
 
 
 def test_an_identity_is_kept_on_its_hardware(tmp_path: Path) -> None:
     first = load_or_create(tmp_path, KEYS, PI)
-    assert first.fresh
+    assert store.load(tmp_path, first.node).muted is None
     again = load_or_create(tmp_path, KEYS, PI)
-    assert (again.node, again.fresh, again.moved) == (first.node, False, None)
+    assert (again.node, again.moved) == (first.node, None)
+
+
+class PowerCutError(BaseException):
+    """Ends the process where it stands."""
+
+
+@pytest.mark.parametrize("call", range(9))
+def test_a_power_cut_in_the_first_start_costs_no_vote(tmp_path: Path, monkeypatch, call) -> None:
+    left = [call]
+
+    def cut(real):
+        def wrapped(*arguments):
+            if left[0] == 0:
+                raise PowerCutError
+            left[0] -= 1
+            return real(*arguments)
+
+        return wrapped
+
+    # Three files (binding, votes, key), each with two fsyncs and a rename.
+    monkeypatch.setattr("os.fsync", cut(os.fsync))
+    monkeypatch.setattr(Path, "rename", cut(Path.rename))
+    with pytest.raises(PowerCutError):
+        load_or_create(tmp_path, KEYS, PI)
+    monkeypatch.undo()
+    identity = load_or_create(tmp_path, KEYS, PI)
+    assert store.load(tmp_path, identity.node) == Durable(node=identity.node)
 
 
 def test_a_copied_card_makes_a_new_identity_and_takes_no_votes_along(tmp_path: Path) -> None:
     first = load_or_create(tmp_path, KEYS, PI)
-    store.load(tmp_path, first.node, fresh=True)
     moved = load_or_create(tmp_path, KEYS, OTHER_PI)
     assert moved.node != first.node
-    assert moved.fresh
     assert "moved here from another machine" in str(moved.moved)
-    assert not (tmp_path / store.FILE_NAME).exists()
+    assert store.load(tmp_path, moved.node) == Durable(node=moved.node)
     assert (tmp_path / "moved-1" / store.FILE_NAME).exists()
 
 
