@@ -15,7 +15,7 @@ from k3sagentd.core import guards, log
 from k3sagentd.core.effects import WriteOrder
 from k3sagentd.core.hello import k3s_role, own_url, url_of
 from k3sagentd.core.k3s import Action, Datastore, Order, Outcome, Result, ServerOrAgent
-from k3sagentd.core.log import Abandon, Seal
+from k3sagentd.core.log import Seal
 from k3sagentd.core.messages import Hello, Registration, RegistrationRequest
 from k3sagentd.core.state import Drive, Node
 from k3sagentd.core.turn import Turn
@@ -40,13 +40,20 @@ SERVERS_LIMIT = 16
 # --- what the site needs of this node -------------------------------------------------------
 
 
+def started_epoch(node: Node) -> int | None:
+    """The epoch in which we were to start the cluster: as we know it, or as its data says.
+
+    An identity that lost its state may still have the data.
+    """
+    if node.durable.started_epoch is not None or node.facts is None:
+        return node.durable.started_epoch
+    return node.facts.origin
+
+
 def must_stand_down(node: Node) -> bool:
     """Whether the epoch in which we were to start the cluster was abandoned."""
-    started = node.durable.started_epoch
-    if started is None:
-        return False
-    outcome = 2 * started + 1
-    return outcome < len(node.log) and isinstance(node.log[outcome], Abandon)
+    started = started_epoch(node)
+    return started is not None and log.is_abandoned(node.log, started)
 
 
 def init_failure(node: Node, now_s: float) -> str | None:
@@ -57,7 +64,7 @@ def init_failure(node: Node, now_s: float) -> str | None:
     reason = drive.result.reason if drive.result else None
     if drive.outcome is Outcome.FAILED_FOR_GOOD:
         return reason or "the install failed"
-    if drive.first_order_s is not None and now_s - drive.first_order_s >= node.site.abandon_after_s:
+    if drive.first_order_s is not None and now_s >= drive.first_order_s + node.site.abandon_after_s:
         return reason or f"K3s is not ready after {node.site.abandon_after_s:.0f} s"
     return None
 
@@ -239,8 +246,8 @@ def choose_name(node: Node) -> str:
 
 def _order(node: Node, action: Action) -> Order:
     epoch = log.epoch(node.log)
-    if action is Action.STAND_DOWN and node.durable.started_epoch is not None:
-        epoch = node.durable.started_epoch
+    if action is Action.STAND_DOWN:
+        epoch = started_epoch(node) or 0
     servers: tuple[str, ...] = ()
     flags: Mapping[str, str] = {}
     if action is Action.JOIN and node.seal is not None:
@@ -294,7 +301,7 @@ def reset(turn: Turn) -> None:
 def _ask(turn: Turn) -> None:
     """Ask one sealed peer where to join; the next one when it does not answer in time."""
     node = turn.node
-    if turn.now_s - node.drive.asked_s < ASK_S:
+    if turn.now_s < node.drive.asked_s + ASK_S:  # as in machine.deadline, to the last bit
         return
     sealed = [h.node for h in node.up if h.log_length >= len(node.log)]
     if not sealed:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from k3sagentd.core.k3s import Order
 from k3sagentd.core.messages import Hello, Message
 from k3sagentd.core.state import Durable
-from k3sagentd.core.words import NodeId
+from k3sagentd.core.words import NodeId, short
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +20,10 @@ class Persist:
     """Make this the durable state."""
 
     durable: Durable
+
+    def describe(self) -> str:
+        """As people read it."""
+        return f"persist {self.durable.describe()}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,12 +33,20 @@ class Send:
     to: NodeId
     message: Message
 
+    def describe(self) -> str:
+        """As people read it."""
+        return f"send {short(self.to)} {self.message.describe()}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Announce:
     """Tell whoever watches us: this is what we are now."""
 
     hello: Hello
+
+    def describe(self) -> str:
+        """As people read it."""
+        return f"announce {self.hello.phase}, revision {self.hello.revision}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,12 +55,20 @@ class WriteOrder:
 
     order: Order
 
+    def describe(self) -> str:
+        """As people read it."""
+        return f"order {self.order.describe()}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
     """Tell the operator that something changed, in one line."""
 
     text: str
+
+    def describe(self) -> str:
+        """The line itself."""
+        return self.text
 
 
 Effect = Persist | Send | Announce | WriteOrder | Report

@@ -33,6 +33,12 @@ BALLOT_TIMEOUT_S = 3.0
 STAGGER_S = 1.5
 """Between the proposers' turns, by rank: longer than an undisturbed ballot takes."""
 BACKOFF_LIMIT_S = 30.0
+BALLOTS_FOR_FOUNDERS = 3
+"""Ballots that a proposer gives up because a promise was lost that would make one more server."""
+EPOCH_PAUSE_S = 60.0
+EPOCH_PAUSE_LIMIT_S = 3600.0
+"""Between epochs once every machine here has failed as init node: doubled each time round, so that
+the log's limit (``log.ENTRIES_LIMIT``) lasts for weeks and not for minutes."""
 
 
 # --- the acceptor ---------------------------------------------------------------------------
@@ -43,7 +49,7 @@ def answer_prepare(turn: Turn, sender: NodeId, message: Prepare) -> Promise | Re
     node = turn.node
     if message.decree < len(node.log):
         return chosen_from(node, message.decree)
-    if reason := _refusal(turn, sender, message.decree, message.intent):
+    if reason := _refusal(turn, sender, message, message.intent):
         return _reject(node, message, reason)
     acceptor = paxos.promise(node.durable.acceptor, message.ballot)
     if acceptor is None:
@@ -60,7 +66,7 @@ def answer_accept(turn: Turn, sender: NodeId, message: Accept) -> Accepted | Rej
     reason = (
         log.flaw(message.decree, message.value)
         or guards.foreign_nomination(node, message.value)
-        or _refusal(turn, sender, message.decree, message.value)
+        or _refusal(turn, sender, message, message.value)
     )
     if reason:
         return _reject(node, message, reason)
@@ -71,11 +77,17 @@ def answer_accept(turn: Turn, sender: NodeId, message: Accept) -> Accepted | Rej
     return Accepted(decree=message.decree, ballot=message.ballot)
 
 
-def _refusal(turn: Turn, sender: NodeId, decree: int, what: Intent | Value) -> str | None:
+def _refusal(
+    turn: Turn, sender: NodeId, message: Prepare | Accept, what: Intent | Value
+) -> str | None:
     node = turn.node
-    if decree > len(node.log):
+    if message.decree > len(node.log):
         return f"has not learned entry {len(node.log)} yet"
-    return guards.may_not_vote(node) or guards.keeps_the_init_node(node, sender, what, turn.now_s)
+    return (
+        guards.counts_otherwise(node, sender, message.nodes)
+        or guards.may_not_vote(node)
+        or guards.keeps_the_init_node(node, sender, what, turn.now_s)
+    )
 
 
 def _vote(turn: Turn, acceptor: Acceptor, ballot: Ballot) -> None:
@@ -103,7 +115,7 @@ def propose(turn: Turn, intent: Intent, wanted: Value | None) -> None:
     promised = node.durable.acceptor.promised
     highest = max(node.highest_round, promised.round if promised else 0)
     ballot = Ballot(round=highest + 1, node=node.id)
-    prepare = Prepare(decree=len(node.log), ballot=ballot, intent=intent)
+    prepare = Prepare(decree=len(node.log), ballot=ballot, intent=intent, nodes=node.nodes)
     answer = answer_prepare(turn, node.id, prepare)
     if not isinstance(answer, Promise):
         back_off(turn, answer.reason if isinstance(answer, Reject) else "entry is chosen")
@@ -121,6 +133,21 @@ def propose(turn: Turn, intent: Intent, wanted: Value | None) -> None:
     )
     turn.send_all(prepare)
     advance(turn)
+
+
+def pause_s(node: Node) -> float:
+    """How long to wait with a nomination because the best machine here has failed before."""
+    best = ranking.ranked(node, (own_hello(node), *node.up))[:1]
+    failures = log.abandonments(node.log)[best[0].node] if best else 0
+    if failures == 0:
+        return 0.0
+    return min(EPOCH_PAUSE_LIMIT_S, EPOCH_PAUSE_S * 2.0 ** min(failures - 1, 10))
+
+
+def _prepare(node: Node, proposal: Preparing) -> Prepare:
+    return Prepare(
+        decree=proposal.decree, ballot=proposal.ballot, intent=proposal.intent, nodes=node.nodes
+    )
 
 
 def on_promise(turn: Turn, sender: NodeId, message: Promise) -> None:
@@ -145,10 +172,13 @@ def on_accepted(turn: Turn, sender: NodeId, message: Accepted) -> None:
 def on_reject(turn: Turn, sender: NodeId, message: Reject) -> None:
     """Someone will not follow: help it up if it is behind, else remember why."""
     node = turn.node
+    proposal = node.proposal
+    ours = proposal is not None and _ours(proposal, message)
     if message.log_length < len(node.log):
         turn.send(sender, chosen_from(node, message.log_length))
-    proposal = node.proposal
-    if proposal is None or not _ours(proposal, message):
+        if ours and isinstance(proposal, Preparing):
+            turn.send(sender, _prepare(node, proposal))
+    if proposal is None or not ours:
         return
     if message.decree == len(node.log) == message.log_length and message.promised:
         turn.set(highest_round=max(node.highest_round, message.promised.round))
@@ -171,6 +201,10 @@ def advance(turn: Turn) -> None:
         bound = paxos.constrained(proposal.promises.values())
         free_nomination = proposal.intent is Intent.NOMINATE and bound is None
         if everybody or not free_nomination or turn.now_s >= patience_until_s(node, proposal):
+            retries_left = node.failures < BALLOTS_FOR_FOUNDERS
+            if free_nomination and _wants_founders(node, proposal) and retries_left:
+                back_off(turn, "too few promises for all founding servers")
+                return
             value = bound.value if bound else proposal.wanted or _nomination(node, proposal)
             if value is None:
                 back_off(turn, "no machine here may be a server")
@@ -179,7 +213,9 @@ def advance(turn: Turn) -> None:
             return
     elif isinstance(proposal, Accepting) and len(proposal.accepted) >= node.quorum:
         votes = len(proposal.accepted)
-        chosen = Learned(first=proposal.decree, entries=(proposal.value,), votes=votes)
+        chosen = Learned(
+            first=proposal.decree, entries=(proposal.value,), nodes=node.nodes, votes=votes
+        )
         learn(turn, chosen, announce=True)
         return
     if proposal is not None and turn.now_s >= proposal.deadline_s:
@@ -193,13 +229,17 @@ def patience_until_s(node: Node, proposal: Preparing) -> float:
     Founding servers are chosen among those that promised, and for good: while there are fewer
     than the site should have, a machine that is here but slow is worth most of the ballot's time.
     """
-    hellos = (own_hello(node), *node.up)
-    here = ranking.ranked(node, hellos)
-    promised = [hello for hello in here if hello.node in proposal.promises]
-    servers = node.site.servers
-    if ranking.odd(min(servers, len(promised))) < ranking.odd(min(servers, len(here))):
+    if _wants_founders(node, proposal):
         return proposal.deadline_s - GRACE_S
     return proposal.grace_until_s
+
+
+def _wants_founders(node: Node, proposal: Preparing) -> bool:
+    """Whether a machine that is here but did not promise would make the site one server richer."""
+    here = ranking.ranked(node, (own_hello(node), *node.up))
+    promised = [hello for hello in here if hello.node in proposal.promises]
+    servers = node.site.servers
+    return ranking.odd(min(servers, len(promised))) < ranking.odd(min(servers, len(here)))
 
 
 def _nomination(node: Node, proposal: Preparing) -> Nominate | None:
@@ -213,7 +253,7 @@ def _nomination(node: Node, proposal: Preparing) -> Nominate | None:
 
 def _ask_to_accept(turn: Turn, proposal: Preparing, value: Value) -> None:
     node = turn.node
-    request = Accept(decree=proposal.decree, ballot=proposal.ballot, value=value)
+    request = Accept(decree=proposal.decree, ballot=proposal.ballot, value=value, nodes=node.nodes)
     answer = answer_accept(turn, node.id, request)
     if not isinstance(answer, Accepted):
         back_off(turn, answer.reason if isinstance(answer, Reject) else "entry is chosen")
@@ -250,13 +290,14 @@ def back_off(turn: Turn, reason: str) -> None:
 def chosen_from(node: Node, first: int) -> Learned:
     """What we know to be chosen, from entry ``first`` on."""
     votes = node.votes.get(len(node.log) - 1)
-    return Learned(first=first, entries=node.log[first:], votes=votes)
+    return Learned(first=first, entries=node.log[first:], nodes=node.nodes, votes=votes)
 
 
 def learn(turn: Turn, message: Learned, *, announce: bool = False) -> None:
     """Take chosen entries in; a contradiction to what we know stops this node for good."""
     node = turn.node
-    if message.first > len(node.log):
+    sealed = message.entries and isinstance(message.entries[-1], Seal)
+    if message.first > len(node.log) or (message.nodes != node.nodes and not sealed):
         return
     known = node.log[message.first :]
     if any(a != b for a, b in zip(known, message.entries, strict=False)):

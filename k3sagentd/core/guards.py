@@ -7,31 +7,41 @@ Every function answers None for "go on". The rules are those of the design, sect
 from __future__ import annotations
 
 from k3sagentd.core.k3s import Datastore
-from k3sagentd.core.log import Abandon, Nominate, Value
+from k3sagentd.core.log import Abandon, Nominate, Value, is_abandoned
 from k3sagentd.core.messages import Hello, Intent
 from k3sagentd.core.state import Node
 from k3sagentd.core.words import NodeId, short
 
 
 def existing_cluster(node: Node) -> str | None:
-    """The cluster this machine's K3s data belongs to, unless we started it ourselves."""
+    """The cluster this machine's K3s data belongs to, unless we started it ourselves.
+
+    Data that was there before the site stays such whatever an order of ours does with it (SQLite
+    that is converted keeps its CA); data of an epoch that was abandoned is nobody's.
+    """
     facts = node.facts
-    if facts is None or node.durable.started_epoch is not None:
+    if facts is None or facts.datastore in (Datastore.NONE, Datastore.AGENT):
         return None
-    match facts.datastore:
-        case Datastore.ETCD:
-            return facts.ca_hash or f"unknown, on {short(node.id)}"
-        case Datastore.SQLITE:
-            return f"sqlite, on {short(node.id)}"
-        case Datastore.NONE | Datastore.AGENT:
+    if facts.origin is not None:
+        ours = facts.origin == node.durable.started_epoch
+        if ours or is_abandoned(node.log, facts.origin):
             return None
+    return facts.ca_hash or f"unknown, on {short(node.id)}"
 
 
 def quorum_missing(node: Node) -> str | None:
     """Too few machines here to agree on anything."""
-    if node.seen >= node.quorum:
+    if node.seen < node.quorum:
+        return f"{node.seen} of {node.nodes} machines here, {node.quorum} must agree"
+    unable = [hello.node for hello in node.up if not hello.may_vote]
+    unable += [node.id] if node.durable.muted else []
+    if node.seen - len(unable) >= node.quorum:
         return None
-    return f"{node.seen} of {node.nodes} machines here, {node.quorum} must agree"
+    names = ", ".join(node.name_of(each) for each in unable)
+    return (
+        f"{node.seen - len(unable)} of {node.nodes} machines here may vote, {node.quorum} must "
+        f"agree; not {names}"
+    )
 
 
 def conflict(node: Node) -> str | None:
@@ -78,6 +88,34 @@ def disagreement(node: Node) -> str | None:
     return None
 
 
+def misconfigured(node: Node) -> str | None:
+    """Any peer with another idea of the site, whether or not it matters for our votes."""
+    for hello in node.up:
+        if hello.nodes != node.nodes:
+            return _differs(node, "nodes", node.nodes, hello.nodes, hello)
+        if hello.servers != node.site.servers:
+            return _differs(node, "servers", node.site.servers, hello.servers, hello)
+    return None
+
+
+def counts_otherwise(node: Node, sender: NodeId, nodes: int) -> str | None:
+    """Why this node's vote must not be counted: quorums of different ``nodes`` need not meet.
+
+    The guard that needs no knowledge of the peer: its hello may be older than its ballot.
+    """
+    if nodes == node.nodes:
+        return None
+    return f"nodes is {node.nodes} here but {nodes} on {node.name_of(sender)}"
+
+
+def behind(node: Node) -> str | None:
+    """A peer has learned more: what is open here is decided there."""
+    for hello in node.up:
+        if hello.log_length > len(node.log) and hello.nodes == node.nodes:
+            return f"the newest entries of the bootstrap log from {node.name_of(hello.node)}"
+    return None
+
+
 def _differs(node: Node, key: str, mine: int, theirs: int, hello: Hello) -> str:
     where = f" ({hello.address})" if hello.address else ""
     return (
@@ -106,16 +144,12 @@ def may_not_vote(node: Node) -> str | None:
         return "the facts about this machine's disk (k3sagentd facts)"
     if trouble := conflict(node):
         return trouble
-    if trouble := disagreement(node):
-        return trouble
-    if node.durable.nodes is None:
-        return crowd(node)
-    return None
+    return disagreement(node) or behind(node) or crowd(node)
 
 
 def may_not_propose(node: Node) -> str | None:
     """Why this node starts no ballot."""
-    return quorum_missing(node) or may_not_vote(node) or crowd(node)
+    return quorum_missing(node) or may_not_vote(node)
 
 
 def keeps_the_init_node(

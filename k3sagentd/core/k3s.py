@@ -72,6 +72,10 @@ class Order:
     attempt: int = 0
     """Counts retries, so that a retry is a different order."""
 
+    def describe(self) -> str:
+        """As people read it."""
+        return f"{self.action} as {self.role} in epoch {self.epoch}, attempt {self.attempt + 1}"
+
 
 class Outcome(StrEnum):
     """How an order ended, or how far it is."""

@@ -7,6 +7,7 @@ seal is the last entry for ever. Knows nothing of how a decree is decided.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -99,10 +100,16 @@ def epoch(log: Log) -> int:
     return epoch_of(len(log) - 1 if seal_of(log) else len(log))
 
 
-def abandoned_inits(log: Log) -> frozenset[NodeId]:
-    """The nodes whose epoch was abandoned: they are nominated again only after all others."""
+def is_abandoned(log: Log, epoch: int) -> bool:
+    """Whether ``epoch`` is known to have been abandoned."""
+    outcome = 2 * epoch + 1
+    return outcome < len(log) and isinstance(log[outcome], Abandon)
+
+
+def abandonments(log: Log) -> Counter[NodeId]:
+    """How many epochs of each node were abandoned: who failed least is nominated next."""
     pairs = zip(log[::2], log[1::2], strict=False)
-    return frozenset(
+    return Counter(
         first.init
         for first, second in pairs
         if isinstance(first, Nominate) and isinstance(second, Abandon)

@@ -134,7 +134,7 @@ def _on_hello(turn: Turn, hello: Hello) -> None:
         peer = Peer(hello=hello, up=True, heard_s=turn.now_s)
     else:
         older = hello.instance == before.hello.instance and (hello.revision < before.hello.revision)
-        peer = replace(before, up=True, heard_s=turn.now_s, hello=before.hello if older else hello)
+        peer = replace(_heard(before, turn.now_s), up=True, hello=before.hello if older else hello)
         if hello.instance != before.hello.instance:
             back = hello.instance == before.earlier_instance
             flips = before.flips + 1 if back else 0
@@ -155,11 +155,16 @@ def _on_hello(turn: Turn, hello: Hello) -> None:
         )
 
 
+def _heard(peer: Peer, now_s: float) -> Peer:
+    """Who may not vote cannot seal either: hearing it does not keep its epoch alive."""
+    return replace(peer, heard_s=now_s) if peer.hello.may_vote else peer
+
+
 def _on_lost(turn: Turn, peer_id: NodeId) -> None:
     peer = turn.node.peers.get(peer_id)
     if peer is None or not peer.up:
         return
-    turn.set(peers={**turn.node.peers, peer_id: replace(peer, up=False, heard_s=turn.now_s)})
+    turn.set(peers={**turn.node.peers, peer_id: replace(_heard(peer, turn.now_s), up=False)})
     turn.report(
         f"lost {turn.node.name_of(peer_id)} ({short(peer_id)}): "
         f"{turn.node.seen} of {turn.node.nodes} machines here"
@@ -192,7 +197,7 @@ def _on_message(turn: Turn, sender: NodeId, message: Message) -> None:
     node = turn.node
     peer = node.peers.get(sender)
     if peer is not None and not peer.up:
-        turn.set(peers={**node.peers, sender: replace(peer, heard_s=turn.now_s)})
+        turn.set(peers={**node.peers, sender: _heard(peer, turn.now_s)})
     match message:
         case Prepare():
             turn.send(sender, election.answer_prepare(turn, sender, message))
@@ -245,7 +250,7 @@ def _plan(node: Node, now_s: float) -> tuple[float, Intent, Seal | Abandon | Non
         turn_of = _position(node)
         if node.phase is not NodePhase.ELECTING or turn_of is None:
             return None
-        at_s = node.phase_since_s + turn_of * election.STAGGER_S
+        at_s = node.phase_since_s + turn_of * election.STAGGER_S + election.pause_s(node)
         return max(at_s, earliest_s), Intent.NOMINATE, None
     if node.is_init:
         if seal := drive.own_seal(node):
@@ -257,7 +262,7 @@ def _plan(node: Node, now_s: float) -> tuple[float, Intent, Seal | Abandon | Non
     if nomination is None:
         return None
     peer = node.peers.get(nomination.init)
-    if peer is not None and peer.up:
+    if peer is not None and peer.able:
         return None
     silent_since_s = peer.heard_s if peer else node.started_s
     at_s = silent_since_s + node.site.abandon_after_s
@@ -282,7 +287,9 @@ def _on_forced(turn: Turn) -> None:
         entries = (Abandon(reason="the operator forced another init node"),)
     entries = (*entries, Nominate(init=node.id, servers=(node.id,)))
     turn.persist(forced=True)
-    election.learn(turn, Learned(first=len(node.log), entries=entries), announce=True)
+    election.learn(
+        turn, Learned(first=len(node.log), entries=entries, nodes=node.nodes), announce=True
+    )
 
 
 # --- outward --------------------------------------------------------------------------------

@@ -63,6 +63,12 @@ class Prepare:
     decree: int
     ballot: Ballot
     intent: Intent
+    nodes: int
+    """Among how many the proposer counts: who counts otherwise must not be counted."""
+
+    def describe(self) -> str:
+        """As people read it."""
+        return f"prepare {self.ballot.describe()} entry={self.decree} to {self.intent}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +79,11 @@ class Promise:
     ballot: Ballot
     accepted: Proposal | None
 
+    def describe(self) -> str:
+        """As people read it."""
+        before = f" after {self.accepted.describe()}" if self.accepted else ""
+        return f"promise {self.ballot.describe()} entry={self.decree}{before}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Accept:
@@ -81,6 +92,12 @@ class Accept:
     decree: int
     ballot: Ballot
     value: Value
+    nodes: int
+    """As in ``Prepare``."""
+
+    def describe(self) -> str:
+        """As people read it."""
+        return f"accept {self.ballot.describe()} entry={self.decree} {self.value.describe()}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +106,10 @@ class Accepted:
 
     decree: int
     ballot: Ballot
+
+    def describe(self) -> str:
+        """As people read it."""
+        return f"accepted {self.ballot.describe()} entry={self.decree}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +123,10 @@ class Reject:
     log_length: int
     reason: str
 
+    def describe(self) -> str:
+        """As people read it."""
+        return f"reject {self.ballot.describe()} entry={self.decree}: {self.reason}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Learned:
@@ -109,8 +134,15 @@ class Learned:
 
     first: int
     entries: tuple[Value, ...]
+    nodes: int
+    """Among how many the sender counts; until the seal, who counts otherwise stays out."""
     votes: int | None = None
     """Acceptances that the proposer had counted for the last entry; only for people."""
+
+    def describe(self) -> str:
+        """As people read it."""
+        entries = " ".join(value.describe() for value in self.entries)
+        return f"learned from entry={self.first}: {entries}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,12 +151,20 @@ class Fetch:
 
     first: int
 
+    def describe(self) -> str:
+        """As people read it."""
+        return f"fetch from entry={self.first}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RegistrationRequest:
     """Asks a node of a sealed site where to join."""
 
     role: ServerOrAgent
+
+    def describe(self) -> str:
+        """As people read it."""
+        return f"ask for a registration as {self.role}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,12 +178,20 @@ class Registration:
     shared_flags: Mapping[str, str] = field(default_factory=dict)
     role: ServerOrAgent = ServerOrAgent.AGENT
 
+    def describe(self) -> str:
+        """As people read it."""
+        return f"registration ca={self.ca_hash[:8]} at={','.join(self.servers)}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cloned:
     """Tells a node that two live machines answer under its id, seen by a third."""
 
     address: str | None
+
+    def describe(self) -> str:
+        """As people read it."""
+        return f"cloned, also at {self.address}"
 
 
 Message = (

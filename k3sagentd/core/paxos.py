@@ -34,6 +34,10 @@ class Proposal:
     ballot: Ballot
     value: Value
 
+    def describe(self) -> str:
+        """As people read it."""
+        return f"{self.value.describe()} at {self.ballot.describe()}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Acceptor:
@@ -41,6 +45,13 @@ class Acceptor:
 
     promised: Ballot | None = None
     accepted: Proposal | None = None
+
+    def describe(self) -> str:
+        """As people read it."""
+        if self.promised is None:
+            return "no vote"
+        accepted = f", accepted {self.accepted.describe()}" if self.accepted else ""
+        return f"promised {self.promised.describe()}{accepted}"
 
     @property
     def blank(self) -> bool:

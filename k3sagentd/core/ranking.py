@@ -7,7 +7,7 @@ import hashlib
 import hmac
 from collections.abc import Iterable
 
-from k3sagentd.core.log import abandoned_inits
+from k3sagentd.core.log import abandonments
 from k3sagentd.core.messages import Hello
 from k3sagentd.core.state import Node
 from k3sagentd.core.words import NodeId, Role
@@ -37,15 +37,15 @@ def may_lead(hello: Hello) -> bool:
 def ranked(node: Node, hellos: Iterable[Hello]) -> list[Hello]:
     """Those who may lead, best first.
 
-    An existing cluster comes first (design, 4.4), whoever failed as init node last; then an
-    explicit ``role: server``, the faster disk, and the lot.
+    An existing cluster comes first (design, 4.4), then whoever failed as init node least often,
+    an explicit ``role: server``, the faster disk, and the lot.
     """
-    failed = abandoned_inits(node.log)
+    failed = abandonments(node.log)
 
-    def key(hello: Hello) -> tuple[bool, bool, bool, int, bytes]:
+    def key(hello: Hello) -> tuple[bool, int, bool, int, bytes]:
         return (
             hello.existing is None,
-            hello.node in failed,
+            failed[hello.node],
             hello.role is not Role.SERVER,
             hello.fitness,
             lot(node.site.election_key, hello.node),

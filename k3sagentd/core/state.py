@@ -59,6 +59,18 @@ class Durable:
     node_name: str | None = None
     """K3s's name for this node; never changes once chosen."""
 
+    def describe(self) -> str:
+        """As people read it: the log, then the votes for the entry that is open."""
+        log = " ".join(value.describe() for value in self.log) or "empty"
+        parts = [f"log {log}"]
+        if not isinstance(self.log[-1] if self.log else None, entries.Seal):
+            parts.append(self.acceptor.describe())
+        if self.started_epoch is not None:
+            parts.append(f"started epoch {self.started_epoch}")
+        if self.muted:
+            parts.append("muted")
+        return "; ".join(parts)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Peer:
@@ -67,13 +79,18 @@ class Peer:
     hello: Hello
     up: bool
     heard_s: float
-    """When we last heard of it; while ``up`` we hear it now."""
+    """When we last heard of it as one that may vote; while ``able`` we do so now."""
     fetch_s: float = float("-inf")
     """When we last asked it for entries."""
     earlier_instance: str | None = None
     """The instance before ``hello.instance``: if it comes back, two machines share the id."""
     flips: int = 0
     """How often in a row it came back."""
+
+    @property
+    def able(self) -> bool:
+        """Whether we hear it now and it may vote: an init node that may not cannot seal."""
+        return self.up and self.hello.may_vote
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,13 +227,13 @@ class Node:
         return peer.hello.node_name or peer.hello.hostname
 
     def hears(self, node: NodeId, now_s: float, within_s: float) -> bool:
-        """Whether we hear ``node`` now or did so within the last ``within_s`` seconds.
+        """Whether we hear ``node``, able to vote, now or within the last ``within_s`` seconds.
 
         Who was never heard counts as heard at our own start: a restart must not make us hasty.
         """
         if node == self.id:
             return True
         peer = self.peers.get(node)
-        if peer is not None and peer.up:
+        if peer is not None and peer.able:
             return True
-        return now_s - (peer.heard_s if peer else self.started_s) < within_s
+        return now_s < (peer.heard_s if peer else self.started_s) + within_s

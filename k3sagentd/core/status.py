@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, assert_never
 
-from k3sagentd.core import drive, guards, log, ranking
+from k3sagentd.core import drive, election, guards, log, ranking
 from k3sagentd.core.hello import k3s_role, own_hello
 from k3sagentd.core.k3s import Outcome, ServerOrAgent
 from k3sagentd.core.messages import Hello
@@ -49,7 +49,7 @@ def _waiting_for(node: Node, now_s: float) -> str | None:
         case NodePhase.DISCOVERING:
             return _discovering(node, now_s)
         case NodePhase.ELECTING:
-            return _electing(node)
+            return _electing(node, now_s)
         case NodePhase.INITIALISING:
             return _initialising(node, now_s)
         case NodePhase.WAITING:
@@ -76,18 +76,27 @@ def _discovering(node: Node, now_s: float) -> str:
     return f"{node.seen} of {node.nodes} machines here; the others have {left_s:.0f} s more to come"
 
 
-def _electing(node: Node) -> str:
+def _electing(node: Node, now_s: float) -> str:
+    differs = guards.misconfigured(node)
     match node.proposal:
         case Preparing(promises=promises):
-            return f"promises: {len(promises)} of {node.nodes} so far, {node.quorum} needed"
+            line = f"promises: {len(promises)} of {node.nodes} so far, {node.quorum} needed"
+            return f"{line} ({differs})" if differs else line
         case Accepting(accepted=accepted):
-            return f"votes: {len(accepted)} of {node.nodes} so far, {node.quorum} needed"
+            line = f"votes: {len(accepted)} of {node.nodes} so far, {node.quorum} needed"
+            return f"{line} ({differs})" if differs else line
         case None:
             pass
     order = ranking.ranked(node, (own_hello(node), *node.up))
     if not order:
         return "a machine that may be a server: all here have role: agent or may not vote"
-    again = f" (last time: {node.last_reject})" if node.last_reject else ""
+    left_s = node.phase_since_s + election.pause_s(node) - now_s
+    if left_s > 0 and isinstance(node.log[-1], log.Abandon):
+        name = node.name_of(order[0].node)
+        why = node.log[-1].reason
+        return f"another attempt of {name} in {duration(left_s)}; the last was given up: {why}"
+    reason = differs or node.last_reject
+    again = f" (last time: {reason})" if reason else ""
     return f"{node.name_of(order[0].node)}, which ranks first, to be nominated{again}"
 
 
@@ -96,14 +105,20 @@ def _init_node(node: Node, now_s: float) -> str:
     assert nomination is not None, "nobody waits without a nomination"
     name = node.name_of(nomination.init)
     peer = node.peers.get(nomination.init)
-    if peer is not None and peer.up:
+    if trouble := guards.disagreement(node):
+        return f"{name} to start the cluster; votes of this node for it wait: {trouble}"
+    if missing := guards.quorum_missing(node):
+        return f"{name} to start the cluster; {missing}"
+    if peer is not None and peer.able:
         return f"{name} to start the cluster"
     silent_s = now_s - (peer.heard_s if peer else node.started_s)
     after_s = node.site.abandon_after_s
     if silent_s < after_s:
         until = f"another is chosen after {duration(after_s)}"
     else:
-        until = guards.quorum_missing(node) or "another is being chosen"
+        until = "another is being chosen"
+    if peer is not None and peer.up:
+        return f"{name} to start the cluster; it may not vote and so cannot seal it, {until}"
     return f"{name} to start the cluster; it was not heard for {duration(silent_s)}, {until}"
 
 
@@ -112,6 +127,10 @@ def _initialising(node: Node, now_s: float) -> str:
         return guards.quorum_missing(node) or "the newest entries of the bootstrap log"
     if reason := drive.init_failure(node, now_s):
         return f"{node.quorum} of {node.nodes} to abandon this node: {reason}"
+    if trouble := guards.disagreement(node):
+        return f"a quorum to seal the cluster; its own vote waits: {trouble}"
+    if node.durable.muted:
+        return f"another node to be chosen in its place: {node.durable.muted}"
     if drive.own_seal(node) is not None:
         missing = guards.quorum_missing(node) or node.last_reject
         return f"a quorum to seal the cluster{f': {missing}' if missing else ''}"

@@ -118,6 +118,8 @@ class Engine:
         before = self.node
         self.node, effects = machine.step(self.node, event)
         for effect in effects:
+            if log.isEnabledFor(logging.DEBUG) and not isinstance(effect, Report):
+                log.debug("%s", effect.describe())
             await self._do(effect)
         if effects or _differs(before, self.node):
             self.revision += 1

@@ -103,10 +103,12 @@ class Apply:
                 self._server = self._find_server()
                 yield from self._make(config, token, install)
             case Action.STAND_DOWN:
-                yield "stop K3s"
-                install.stop()
-                yield "move its data aside"
-                self._move_aside()
+                yield "check whose data it is"
+                if self._is_ours():
+                    yield "stop K3s"
+                    install.stop()
+                    yield "move its data aside"
+                    self._move_aside()
 
     def _make(self, config: Config, token: bytes, install: Method) -> Iterator[str]:
         paths, data = self._paths, self._paths.k3s_data
@@ -174,14 +176,20 @@ class Apply:
             return self._order.servers[0]  # it has its own members to ask; this is not used
         raise MachineError("; ".join(reasons))
 
-    def _move_aside(self) -> None:
-        paths, data = self._paths, self._paths.k3s_data
+    def _is_ours(self) -> bool:
+        """Whether the data was made by our order; what was there before us stays as it is."""
+        data = self._paths.k3s_data
         origin = facts.read_marker(data)
         if origin is not None and origin != self._order.epoch:
             raise HopelessError(f"{data} is of epoch {origin}, not of {self._order.epoch}")
         if origin is None and facts.datastore(data) is not Datastore.NONE:
-            raise HopelessError(f"{data} was not made by an order of ours; it is not touched")
-        if origin is not None:
+            log.warning("%s was there before the site and stays as it is", data)
+            return False
+        return True
+
+    def _move_aside(self) -> None:
+        paths, data = self._paths, self._paths.k3s_data
+        if facts.read_marker(data) is not None:
             aside = data.with_name(f"{data.name}.abandoned-{self._order.epoch}")
             number = 2
             while aside.exists():

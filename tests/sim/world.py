@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """A deterministic world around the real core: virtual clock, network, disks and K3s.
 
-A seed reproduces a run. Faults: loss, delay, duplication, reordering, partitions, power cuts at
-any effect. Whatever an effect before the cut made durable stays; the rest is gone.
+Keeps to the shell in ``daemon/``: effects in their order, one event at a time, events queue while
+the disk works, messages to a peer that is away wait for it, what one announces is told together.
 """
 
 from __future__ import annotations
 
-import hashlib
+import datetime
 import heapq
-import itertools
-import random
+from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from typing import Any
 
+from k3sagentd import keys
 from k3sagentd.core import machine
 from k3sagentd.core.effects import Announce, Effect, Persist, Report, Send, WriteOrder
 from k3sagentd.core.events import (
@@ -21,313 +22,438 @@ from k3sagentd.core.events import (
     Event,
     FactsRead,
     HelloReceived,
-    K3sProbed,
     MessageReceived,
     PeerLost,
-    ResultRead,
+    PersistFailed,
+    PersistRecovered,
     Tick,
 )
-from k3sagentd.core.k3s import (
-    Action,
-    Datastore,
-    Facts,
-    K3sState,
-    Order,
-    Outcome,
-    Result,
-    ServerOrAgent,
+from k3sagentd.core.messages import Hello, Message
+from k3sagentd.core.state import Site
+from k3sagentd.core.words import NodeId, NodePhase
+from tests.sim import root
+from tests.sim.computer import Computer, K3s
+from tests.sim.dice import Dice, Fault
+from tests.sim.disk import WRITE_ATOMICALLY, Disk
+from tests.sim.plan import MachinePlan, Plan
+from tests.sim.promise import Promise
+
+PUBLISH_S = 0.05
+"""``daemon.run.ANNOUNCE_DELAY_S``."""
+KEEPALIVE_S = 5.0
+"""Until a peer without power is noticed at the earliest; twice that at the latest."""
+HELD_WATCH_S = 65.0
+"""A stopped process: its kernel keeps the connection up until the watch is over."""
+PERSIST_RETRY_S = 2.0
+OUTBOX_LIMIT = 256
+LATE_S = 20.0
+"""How late a message may be."""
+PHASES = frozenset(map(str, NodePhase))
+ELECTION_KEY = b"k" * 32
+VALID_S = tuple(
+    (each - datetime.datetime(1970, 1, 1)).total_seconds()
+    for each in (keys.NOT_BEFORE, keys.NOT_AFTER)
 )
-from k3sagentd.core.log import Abandon, Seal
-from k3sagentd.core.messages import Hello
-from k3sagentd.core.state import Durable, Node, Site
-from k3sagentd.core.words import NodeId, NodePhase, Role
-
-
-def node_id(number: int) -> NodeId:
-    """The id of machine ``number``."""
-    return NodeId(hashlib.sha256(f"node {number}".encode()).hexdigest()[:32])
-
-
-@dataclass
-class Machine:
-    """One machine: what survives a power cut, and the node while it is on."""
-
-    number: int
-    site: Site
-    durable: Durable
-    node: Node | None = None
-    boots: int = 0
-    hello: Hello | None = None
-    facts: Facts = field(default_factory=Facts)
-    k3s_of: str | None = None
-    """The cluster (CA hash) that its K3s data belongs to."""
-    tick_at_s: float | None = None
-    install_fails: bool = False
-    swallows: int = 0
-    """So many orders are taken and never answered."""
+"""The span of wall clock in which a certificate is valid."""
 
 
 class World:
     """The site, its wire and its time."""
 
-    def __init__(self, seed: int, nodes: int, **options: float) -> None:
-        self.random = random.Random(seed)
+    def __init__(self, plan: Plan, *, told: bool = False) -> None:
+        self.plan = plan
+        self.dice = Dice(plan.seed, plan.only)
         self.now_s = 0.0
-        self.loss = options.pop("loss", 0.0)
-        self.crash = options.pop("crash", 0.0)
-        self.delay_s = options.pop("delay_s", 0.02)
-        self.queue: list[tuple[float, int, Callable[[], None]]] = []
-        self.counter = 0
-        self.story: list[str] = []
-        self.groups: dict[NodeId, int] = {}
-        self.founded: dict[str, NodeId] = {}
-        self.joined: dict[NodeId, str] = {}
-        self.machines: dict[NodeId, Machine] = {}
-        for number in range(nodes):
-            self.add(number, nodes, **options)
-
-    def add(self, number: int, nodes: int, **options: float) -> Machine:
-        """One more machine, off."""
-        me = node_id(number)
-        site = Site(
-            nodes=nodes,
-            servers=3 if nodes >= 3 else 1,
-            role=Role.AUTO,
-            election_key=b"key",
-            hostname=f"n{number}",
-            instance="",
-            **options,  # type: ignore[arg-type]
-        )
-        self.machines[me] = Machine(number, site, Durable(node=me))
-        self.groups[me] = 0
-        return self.machines[me]
+        self.steps = 0
+        self.stormy = True
+        self.story: list[str] | None = [] if told else None
+        self.happened: Counter[Fault] = Counter()
+        self.transitions: Counter[str] = Counter()
+        self.inputs: Counter[str] = Counter()
+        self.computers: list[Computer] = []
+        self.cuts: dict[int, frozenset[tuple[int, int]]] = {}
+        self.promise = Promise(self)
+        self._queue: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
+        self._scheduled = 0
+        self._links: set[tuple[int, int]] = set()
+        for each in plan.machines:
+            m = self.add(each)
+            self.at(each.boot_s, self.power_on, m)
 
     # --- time -------------------------------------------------------------------------------
 
-    def at(self, after_s: float, what: Callable[[], None]) -> None:
+    def at(self, after_s: float, what: Callable[..., None], *arguments: Any) -> None:
         """Do ``what`` later."""
-        self.counter += 1
-        heapq.heappush(self.queue, (self.now_s + after_s, self.counter, what))
+        self._scheduled += 1
+        heapq.heappush(self._queue, (self.now_s + after_s, self._scheduled, what, arguments))
 
     def run(self, until_s: float) -> None:
         """Let time pass."""
-        while self.queue and self.queue[0][0] <= until_s:
-            self.now_s, _, what = heapq.heappop(self.queue)
-            what()
-            self.check()
+        queue = self._queue
+        while queue and queue[0][0] <= until_s:
+            self.now_s, _, what, arguments = heapq.heappop(queue)
+            what(*arguments)
         self.now_s = until_s
+
+    def strikes(self, fault: Fault, *key: int) -> bool:
+        """Whether the weather does this now."""
+        if not self.stormy:
+            return False
+        rate = self.plan.rates.get(fault, 0.0)
+        if rate == 0.0 and self.plan.only is None:
+            return False
+        return self.dice.strikes(fault, rate, *key)
+
+    def tell(self, m: Computer, text: str) -> None:
+        """Note what happened, where somebody will read it."""
+        if self.story is not None:
+            self.story.append(f"{self.now_s:9.3f} {m.name:4} {text}")
 
     # --- machines ---------------------------------------------------------------------------
 
-    def power_on(self, m: Machine) -> None:
-        """Boot."""
-        if m.node is not None:
+    def add(self, plan: MachinePlan, id: NodeId | None = None) -> Computer:
+        """One more machine, off."""
+        number = len(self.computers)
+        node = id or NodeId(f"n{number}")
+        m = Computer(
+            number=number,
+            plan=plan,
+            id=node,
+            disk=Disk(node),
+            k3s=K3s(store=plan.store, cluster=plan.cluster, enabled=plan.cluster is not None),
+            address=f"10.0.{number}.1",
+            wall_s=plan.wall_s,
+        )
+        self.computers.append(m)
+        return m
+
+    def power_on(self, m: Computer) -> None:
+        """Boot: K3s's unit if enabled, then the daemon."""
+        if m.on or m.gone:
             return
-        m.boots += 1
-        site = Site(**{k: getattr(m.site, k) for k in Site.__slots__} | {"instance": str(m.boots)})
-        m.node = machine.new_node(site, m.durable, self.now_s)
-        m.hello = None
-        for event in (
-            Tick(now_s=self.now_s),
-            FactsRead(now_s=self.now_s, facts=m.facts),
-            AddressChanged(now_s=self.now_s, address=f"10.0.0.{m.number + 1}"),
-        ):
-            self.feed(m, event)
-        for other in self.machines.values():
-            self.connect(m, other)
-        if m.k3s_of is not None and m.node is not None:
-            self._probe_later(m)
+        m.on, m.origin_s = True, self.now_s
+        self.tell(m, "power on")
+        if m.k3s.enabled:
+            root.begin_to_run(self, m)
+        self.start_daemon(m)
 
-    def power_off(self, m: Machine) -> None:
+    def power_off(self, m: Computer) -> None:
         """Cut the power."""
-        m.node, m.tick_at_s = None, None
-        self.story.append(f"{self.now_s:8.3f} n{m.number} loses power")
-        for other in self.machines.values():
-            self.disconnect(m, other)
+        if not m.on:
+            return
+        self.tell(m, "power cut")
+        m.on = False
+        m.power += 1
+        m.disk.power_cut(self.dice.uniform(10, m.number, m.power))
+        m.k3s.running = m.k3s.ready = False
+        m.waiting_order, m.applying, m.result = None, False, None
+        self.stop_daemon(m)
 
-    def linked(self, a: Machine, b: Machine) -> bool:
-        """Whether the wire between two machines is whole and both are on."""
-        same = self.groups[a.durable.node] == self.groups[b.durable.node]
-        return a is not b and same and a.node is not None and b.node is not None
+    def start_daemon(self, m: Computer) -> None:
+        """The unit starts the daemon."""
+        if not m.on or m.node is not None:
+            return
+        m.process += 1
+        site = Site(
+            nodes=m.plan.nodes,
+            servers=m.plan.servers,
+            role=m.plan.role,
+            election_key=ELECTION_KEY,
+            hostname=m.name,
+            instance=f"{m.number}.{m.process}",
+            settle_s=self.plan.settle_s,
+            abandon_after_s=self.plan.abandon_after_s,
+        )
+        durable = m.disk.load()
+        m.node = machine.new_node(site, durable, m.clock(self.now_s))
+        self.promise.boots(m, durable)
+        now_s, process = m.clock(self.now_s), m.process
+        for event in (
+            Tick(now_s=now_s),
+            FactsRead(now_s=now_s, facts=m.facts()),
+            AddressChanged(now_s=now_s, address=m.address),
+        ):
+            if m.process == process:
+                self.feed(m, event)
+        self.relink(m)
+
+    def stop_daemon(self, m: Computer) -> None:
+        """The process is gone; what its kernel knows goes with the power."""
+        m.node, m.hello, m.tick_at_s = None, None, None
+        m.publishing = m.held = m.paused = m.probing = False
+        m.process += 1
+        m.inbox.clear()
+        m.outbox.clear()
+        self.relink(m)
+
+    def pause_daemon(self, m: Computer) -> None:
+        """SIGSTOP."""
+        if m.node is not None and not m.held:
+            m.held = m.paused = True
+            process = m.process
+            self.at(HELD_WATCH_S, self._watches_end, m, process)
+
+    def _watches_end(self, m: Computer, process: int) -> None:
+        if m.process == process and m.paused:
+            for other in self.computers:
+                if other is not m and self.linked(m, other):
+                    self._lost(other, m, m.id)
+
+    def resume_daemon(self, m: Computer) -> None:
+        """SIGCONT."""
+        if m.paused:
+            m.held = m.paused = False
+            self._drain(m)
+            for other in self.computers:
+                if other is not m and self.linked(m, other):
+                    self.at(self._delay(m), self._greet, other, m, m.hello)
+
+    # --- the wire ---------------------------------------------------------------------------
+
+    def wired(self, a: Computer, b: Computer) -> bool:
+        """Whether packets go both ways between two machines that are on."""
+        if not (a.on and b.on) or a is b:
+            return False
+        return not self.cuts or not (self._cut(a.number, b.number) or self._cut(b.number, a.number))
+
+    def _cut(self, a: int, b: int) -> bool:
+        return any((a, b) in cut for cut in self.cuts.values())
+
+    def linked(self, a: Computer, b: Computer) -> bool:
+        """Whether two daemons hold connections: both certificates are valid now."""
+        if a.node is None or b.node is None or not self.wired(a, b):
+            return False
+        return all(VALID_S[0] <= m.wall_s + self.now_s <= VALID_S[1] for m in (a, b))
 
     def partition(self, *groups: set[int]) -> None:
-        """Cut the wire."""
-        for m in self.machines.values():
-            number = next((i for i, group in enumerate(groups, 1) if m.number in group), 0)
-            self.groups[m.durable.node] = number
-        for a in self.machines.values():
-            for b in self.machines.values():
-                if a.number < b.number:
-                    (self.connect if self.linked(a, b) else self.disconnect)(a, b)
+        """Only machines that share a group reach each other; a node in two sees both sides."""
+        numbers = range(len(self.computers))
+        self.cuts[0] = frozenset(
+            (a, b)
+            for a in numbers
+            for b in numbers
+            if a != b and groups and not any({a, b} <= group for group in groups)
+        )
+        self.relink_all()
 
-    def connect(self, a: Machine, b: Machine) -> None:
-        """Both hear of each other, sooner or later."""
-        for here, there in ((a, b), (b, a)):
-            self.at(self._delay(), lambda h=here, t=there: self._greet(h, t))
+    def relink_all(self) -> None:
+        """The wire changed."""
+        for m in self.computers:
+            self.relink(m)
 
-    def _greet(self, here: Machine, there: Machine) -> None:
-        if self.linked(here, there) and there.hello is not None:
-            self.feed(here, HelloReceived(now_s=self.now_s, hello=there.hello))
+    def relink(self, m: Computer) -> None:
+        """Have the daemons notice, sooner or later, whom they reach."""
+        for other in self.computers:
+            if other is m:
+                continue
+            pair = (min(m.number, other.number), max(m.number, other.number))
+            linked = self.linked(m, other)
+            if linked and pair not in self._links:
+                self._links.add(pair)
+                for here, there in ((m, other), (other, m)):
+                    self.at(self._delay(here), self._connect, here, there)
+            elif not linked and pair in self._links:
+                self._links.discard(pair)
+                silent = not (m.on and other.on) or not self.wired(m, other)
+                for here, there in ((m, other), (other, m)):
+                    wait_s = KEEPALIVE_S * (1 + self.dice.uniform(11, self._scheduled))
+                    wait_s = wait_s if silent else self._delay(here)
+                    self.at(wait_s, self._lose, here, there, there.id)
 
-    def disconnect(self, a: Machine, b: Machine) -> None:
-        """Both notice, after the keepalive."""
-        for here, there in ((a, b), (b, a)):
-            self.at(5 + self._delay(), lambda h=here, t=there: self._lose(h, t))
+    def _connect(self, here: Computer, there: Computer) -> None:
+        if self.linked(here, there):
+            self._greet(here, there, there.hello)
+            for message in here.outbox.pop(there.id, []):
+                self._transmit(here, there, message)
 
-    def _lose(self, here: Machine, there: Machine) -> None:
-        if not self.linked(here, there):
-            self.feed(here, PeerLost(now_s=self.now_s, peer=there.durable.node))
+    def _greet(self, here: Computer, there: Computer, hello: Hello | None) -> None:
+        if hello is not None and self.linked(here, there) and not there.paused:
+            self.feed(here, HelloReceived(now_s=here.clock(self.now_s), hello=hello))
 
-    def _delay(self) -> float:
-        return self.random.expovariate(1 / self.delay_s)
+    def _lose(self, here: Computer, there: Computer, id: NodeId) -> None:
+        if there.id != id or not self.linked(here, there):
+            self._lost(here, there, id)
 
-    # --- core -------------------------------------------------------------------------------
+    def _lost(self, here: Computer, there: Computer, id: NodeId) -> None:
+        if here.node is not None and not any(
+            other is not there and other.id == id and self.linked(here, other)
+            for other in self.computers
+        ):
+            self.feed(here, PeerLost(now_s=here.clock(self.now_s), peer=id))
 
-    def feed(self, m: Machine, event: Event) -> None:
-        """One event; its effects in order, unless the power fails among them."""
+    def _publish(self, m: Computer, process: int) -> None:
+        if m.process != process:
+            return
+        m.publishing = False
+        for other in self.computers:
+            if other is not m and self.linked(m, other):
+                self.at(self._delay(m), self._greet, other, m, m.hello)
+
+    def _send(self, m: Computer, to: NodeId, message: Message) -> None:
+        there = [c for c in self.computers if c.id == to and c is not m]
+        linked = [c for c in there if self.linked(m, c)]
+        if linked:
+            self._transmit(m, linked[m.sent % len(linked)], message)
+        elif there and len(m.outbox.setdefault(to, [])) < OUTBOX_LIMIT:
+            m.outbox[to].append(message)
+
+    def _transmit(self, m: Computer, there: Computer, message: Message) -> None:
+        m.sent += 1
+        if self.strikes(Fault.LOSS, m.number, m.sent):
+            return
+        copies = 2 if self.strikes(Fault.DUPLICATE, m.number, m.sent) else 1
+        for copy in range(copies):
+            delay_s = self.dice.exponential(self.plan.delay_s, 12, m.number, m.sent, copy)
+            if self.strikes(Fault.DELAY, m.number, m.sent, copy):
+                delay_s += LATE_S * self.dice.uniform(13, m.number, m.sent, copy)
+            self.at(delay_s, self._arrive, m.id, m.number, there, message)
+
+    def _arrive(self, sender: NodeId, number: int, there: Computer, message: Message) -> None:
+        if there.on and not self._cut(number, there.number):
+            now_s = there.clock(self.now_s)
+            self.feed(there, MessageReceived(now_s=now_s, sender=sender, message=message))
+
+    def _delay(self, m: Computer) -> float:
+        return self.dice.exponential(self.plan.delay_s, 14, m.number, self._scheduled)
+
+    # --- the daemon -------------------------------------------------------------------------
+
+    def feed(self, m: Computer, event: Event) -> None:
+        """One event for the core, now or when the process is free."""
         if m.node is None:
             return
+        if m.held:
+            m.inbox.append(event)
+            return
+        self.steps += 1
+        kind = event.message if isinstance(event, MessageReceived) else event
+        self.inputs[type(kind).__name__] += 1
         m.node, effects = machine.step(m.node, event)
-        for effect in effects:
-            if self.crash and self.random.random() < self.crash:
-                self.power_off(m)
-                self.at(self.random.uniform(1, 20), lambda: self.power_on(m))
+        self._carry_out(m, effects, 0)
+
+    def _drain(self, m: Computer) -> None:
+        while m.inbox and not m.held:
+            self.feed(m, m.inbox.popleft())
+
+    def _carry_out(self, m: Computer, effects: tuple[Effect, ...], start: int) -> None:
+        for index in range(start, len(effects)):
+            effect = effects[index]
+            m.effects += 1
+            if self.strikes(Fault.CRASH, m.number, m.effects):
+                self._crash(m)
                 return
-            self._do(m, effect)
-            if m.node is None:
-                return
+            if self.story is not None:
+                self.tell(m, effect.describe())
+            match effect:
+                case Persist():
+                    if not self._persist(m, effects, index):
+                        return
+                case Announce(hello=hello):
+                    self.promise.announces(m, hello)
+                    m.hello = hello
+                    if not m.publishing:
+                        m.publishing = True
+                        self.at(PUBLISH_S, self._publish, m, m.process)
+                case Send(to=to, message=message):
+                    self.promise.sends(m, message)
+                    self._send(m, to, message)
+                case WriteOrder(order=order):
+                    self.promise.orders(m, order)
+                    root.take(self, m, order)
+                case Report(text=text):
+                    self._note(text)
         self._wind(m)
+        if m.node is not None and m.node.phase in root.PROBED:
+            root.watch(self, m)
 
-    def _wind(self, m: Machine) -> None:
-        assert m.node is not None
+    def _crash(self, m: Computer) -> None:
+        self.power_off(m)
+        self.at(1 + 20 * self.dice.uniform(15, m.number, m.effects), self.power_on, m)
+
+    def _note(self, text: str) -> None:
+        before, arrow, rest = text.partition(" -> ")
+        if arrow and before in PHASES:
+            self.transitions[f"{before} -> {rest}"] += 1
+
+    def _persist(self, m: Computer, effects: tuple[Effect, ...], index: int) -> bool:
+        """Write; False where the rest of the effects must wait, or the power failed."""
+        effect = effects[index]
+        assert isinstance(effect, Persist)
+        if self.strikes(Fault.CRASH_IN_WRITE, m.number, m.effects):
+            calls = int((len(WRITE_ATOMICALLY) + 1) * self.dice.uniform(16, m.number, m.effects))
+            m.disk.save(effect.durable, calls)
+            self._crash(m)
+            return False
+        if m.disk_full:
+            failed = PersistFailed(now_s=m.clock(self.now_s), reason="No space left on device")
+            m.held = True
+            m.node, more = machine.step(m.node, failed)
+            self.at(PERSIST_RETRY_S, self._retry, m, m.process, (*effects, *more), index)
+            return False
+        if m.plan.persist_s:
+            m.held = True
+            wait_s = self.dice.exponential(m.plan.persist_s, 17, m.number, m.effects)
+            self.at(wait_s, self._written, m, m.process, effects, index)
+            return False
+        self._saved(m, effect)
+        return True
+
+    def _saved(self, m: Computer, effect: Persist) -> None:
+        m.disk.save(effect.durable)
+        self.promise.persists(m, effect.durable)
+
+    def _retry(self, m: Computer, process: int, effects: tuple[Effect, ...], index: int) -> None:
+        if m.process != process:
+            return
+        if m.disk_full or m.paused:
+            self.at(PERSIST_RETRY_S, self._retry, m, process, effects, index)
+            return
+        self._written(m, process, effects, index)
+        if m.process == process:
+            self.feed(m, PersistRecovered(now_s=m.clock(self.now_s)))
+
+    def _written(self, m: Computer, process: int, effects: tuple[Effect, ...], index: int) -> None:
+        if m.process != process:
+            return
+        effect = effects[index]
+        assert isinstance(effect, Persist)
+        m.held = m.paused
+        self._saved(m, effect)
+        self._carry_out(m, effects, index + 1)
+        if m.process == process:
+            self._drain(m)
+
+    def _wind(self, m: Computer) -> None:
+        if m.node is None:
+            return
         at_s = machine.deadline(m.node)
-        if at_s is not None and at_s != m.tick_at_s:
-            m.tick_at_s = at_s
-            node_boot = m.boots
+        if at_s is None or at_s == m.tick_at_s:
+            return
+        m.tick_at_s = at_s
+        due_s = at_s / m.plan.clock_rate + m.origin_s
+        self.at(max(0.0, due_s - self.now_s), self._tick, m, m.process, at_s)
 
-            def tick() -> None:
-                if m.boots == node_boot and m.tick_at_s == at_s:
-                    m.tick_at_s = None
-                    self.feed(m, Tick(now_s=self.now_s))
+    def _tick(self, m: Computer, process: int, at_s: float) -> None:
+        if m.process == process and m.tick_at_s == at_s:
+            m.tick_at_s = None
+            now_s = max(at_s, m.clock(self.now_s))
+            self.feed(m, Tick(now_s=now_s))
 
-            self.at(max(0.0, at_s - self.now_s), tick)
-
-    def _do(self, m: Machine, effect: Effect) -> None:
-        match effect:
-            case Persist(durable=durable):
-                m.durable = durable
-            case Announce(hello=hello):
-                m.hello = hello
-                for other in self.machines.values():
-                    if self.linked(m, other):
-                        self.at(self._delay(), lambda o=other: self._greet(o, m))
-            case Send(to=to, message=message):
-                receiver, sender = self.machines[to], m.durable.node
-                for _ in range(1 + (self.random.random() < self.loss)):
-                    if self.random.random() >= self.loss and self.linked(m, receiver):
-                        self.at(
-                            self._delay(),
-                            lambda: self.feed(
-                                receiver,
-                                MessageReceived(now_s=self.now_s, sender=sender, message=message),
-                            ),
-                        )
-            case WriteOrder(order=order):
-                self._order(m, order)
-            case Report(text=text):
-                self.story.append(f"{self.now_s:8.3f} n{m.number} {text}")
-
-    # --- K3s --------------------------------------------------------------------------------
-
-    def _order(self, m: Machine, order: Order) -> None:
-        seals = any(isinstance(e, Seal) for x in self.machines.values() for e in x.durable.log)
-        if order.action in (Action.PREPARE, Action.JOIN):
-            assert seals, f"n{m.number} touches K3s before the seal\n{self.told()}"
-        boot = m.boots
-
-        def done() -> None:
-            if m.boots != boot or m.node is None:
-                return
-            if m.swallows:
-                m.swallows -= 1
-                return
-            self._carry_out(m, order)
-
-        self.at(self.random.uniform(0.1, 1.0), done)
-
-    def _carry_out(self, m: Machine, order: Order) -> None:
-        outcome, reason = Outcome.DONE, None
-        match order.action:
-            case Action.INIT if m.install_fails:
-                outcome, reason = Outcome.FAILED_FOR_GOOD, "no memory cgroup"
-            case Action.INIT if m.k3s_of is None:
-                m.k3s_of = hashlib.sha256(f"{m.number} {order.epoch}".encode()).hexdigest()
-                self.founded[m.k3s_of] = m.durable.node
-                m.facts = replace(
-                    m.facts, datastore=Datastore.ETCD, origin=order.epoch, ca_hash=m.k3s_of
-                )
-            case Action.JOIN if m.k3s_of is None:
-                m.k3s_of = order.ca_hash
-                self.joined[m.durable.node] = str(order.ca_hash)
-                server = order.role is ServerOrAgent.SERVER
-                store = Datastore.ETCD if server else Datastore.AGENT
-                m.facts = replace(m.facts, datastore=store, ca_hash=m.k3s_of)
-            case Action.STAND_DOWN:
-                m.k3s_of, m.facts = None, Facts(shared_flags=m.facts.shared_flags)
-        self.feed(m, FactsRead(now_s=self.now_s, facts=m.facts))
-        result = Result(order=order, outcome=outcome, step="all", reason=reason)
-        self.feed(m, ResultRead(now_s=self.now_s, result=result))
-        self._probe_later(m)
-
-    def _probe_later(self, m: Machine) -> None:
-        boot, cluster = m.boots, m.k3s_of
-
-        def probe() -> None:
-            if m.boots == boot and m.node is not None and m.k3s_of == cluster and cluster:
-                agent = m.facts.datastore is Datastore.AGENT
-                state = K3sState(running=True, ready=True, ca_hash=None if agent else cluster)
-                self.feed(m, K3sProbed(now_s=self.now_s, state=state))
-
-        self.at(self.random.uniform(0.5, 4.0), probe)
-
-    # --- the promise ------------------------------------------------------------------------
-
-    def check(self) -> None:
-        """The invariants, after every step."""
-        check_logs_agree(self)
-        check_one_cluster(self)
-        check_abandoned_have_no_members(self)
-
-    def told(self) -> str:
-        """What happened, for a failed assertion."""
-        return "\n".join(self.story[-60:])
+    # --- how it stands ----------------------------------------------------------------------
 
     @property
     def complete(self) -> bool:
-        """Every machine is on and part of the cluster."""
-        return all(m.node and m.node.phase is NodePhase.READY for m in self.machines.values())
+        """Every machine that may be on is part of the cluster."""
+        return all(
+            m.node is not None and m.node.phase is NodePhase.READY
+            for m in self.computers
+            if not m.gone
+        )
 
-
-def check_logs_agree(world: World) -> None:
-    """Of any two logs, one begins with the other."""
-    logs = sorted((m.durable.log for m in world.machines.values()), key=len)
-    for shorter, longer in itertools.pairwise(logs):
-        assert longer[: len(shorter)] == shorter, f"logs differ\n{world.told()}"
-
-
-def check_one_cluster(world: World) -> None:
-    """All that ever joined, joined one cluster; and it is the one that was sealed."""
-    seals = {e.ca_hash for m in world.machines.values() for e in m.durable.log if type(e) is Seal}
-    assert len(seals) <= 1, f"two seals\n{world.told()}"
-    assert set(world.joined.values()) <= seals, f"joined what is not sealed\n{world.told()}"
-
-
-def check_abandoned_have_no_members(world: World) -> None:
-    """Whoever founded in an epoch that was abandoned was never joined."""
-    for m in world.machines.values():
-        started = m.durable.started_epoch
-        if started is None or 2 * started + 1 >= len(m.durable.log):
-            continue
-        if isinstance(m.durable.log[2 * started + 1], Abandon) and m.k3s_of is not None:
-            others = {n for n, ca in world.joined.items() if ca == m.k3s_of}
-            assert not others, f"an abandoned cluster has members\n{world.told()}"
+    def copy(self, m: Computer) -> Computer:
+        """A clone: same disk, same identity, another machine."""
+        other = self.add(m.plan, m.id)
+        other.disk.outcomes = m.disk.outcomes[-1:]
+        other.k3s = replace(m.k3s, running=False, ready=False, aside=[])
+        other.inbox = deque()
+        return other

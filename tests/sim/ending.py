@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The end of a run: who must be ready by now, and is what the others say true?"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from k3sagentd.core import status
+from k3sagentd.core.drive import FOR_GOOD_RETRY_S, ORDER_TIMEOUT_S
+from k3sagentd.core.k3s import Datastore
+from k3sagentd.core.log import Nominate, Seal
+from k3sagentd.core.paxos import quorum
+from k3sagentd.core.words import NodePhase, Role
+from tests.sim.computer import Computer
+from tests.sim.dice import Fault
+from tests.sim.promise import BrokenError
+
+if TYPE_CHECKING:
+    from tests.sim.world import World
+
+
+NOBODY_CAN = "no machine can start a cluster"
+OWNER_CANNOT = "the machine with the cluster cannot lead"
+
+
+def patience_s(world: World) -> float:
+    """How long a healed site may take: three epochs, and what was lost on the way."""
+    plan = world.plan
+    longest_s = max(m.k3s_start_s for m in plan.machines)
+    machines_s = 60.0 * len(plan.machines)
+    lost_s = 2 * ORDER_TIMEOUT_S if plan.rates.get(Fault.ORDER_LOST) else 0.0
+    return 3 * plan.abandon_after_s + 4 * longest_s + machines_s + 3 * FOR_GOOD_RETRY_S + lost_s
+
+
+def judge(world: World) -> None:
+    """Raise where a machine is not ready that must be, or says what is not true."""
+    if world.promise.outside is not None:
+        return
+    if not (world.happened or world.dice.struck):
+        _has_its_servers(world)
+    running = [m for m in world.computers if m.node is not None]
+    excuse = site_excuse(world, running)
+    for m in running:
+        assert m.node is not None
+        if m.node.phase is NodePhase.READY:
+            continue
+        line = status.waiting_for(m.node, m.clock(world.now_s)) or "nothing"
+        if excuse is None and (own := machine_excuse(world, m)) is None:
+            raise BrokenError("a healed site finishes", f"{m.name} is {m.node.phase}: {line}")
+        if not told_truly(world, m, line):
+            why = excuse or own
+            raise BrokenError("the line is true", f"{m.name} says «{line}»; in truth: {why}")
+
+
+def _has_its_servers(world: World) -> None:
+    """On a good day nobody who could be a founding server is left out: it is for good."""
+    nomination = world.promise.chosen.get(0)
+    able_here = min(world.plan.machines[0].servers, len(world.plan.machines))
+    wanted = able_here if able_here % 2 else able_here - 1
+    found = len(nomination.servers) if isinstance(nomination, Nominate) else 0
+    if found != wanted:
+        raise BrokenError("a quiet site has its servers", f"{found} of {wanted}")
+
+
+# --- who need not be ready --------------------------------------------------------------------
+
+
+def sealed_to(world: World) -> Seal | None:
+    """The seal, as any disk has it."""
+    for m in world.computers:
+        if m.node is not None and m.node.seal is not None:
+            return m.node.seal
+    return None
+
+
+def able(world: World, m: Computer) -> bool:
+    """Whether this machine can start a cluster in the time that it is given."""
+    in_time = m.plan.k3s_start_s * 1.5 + 5.0 < world.plan.abandon_after_s
+    return m.plan.role is not Role.AGENT and not m.plan.install_fails_for_good and in_time
+
+
+def site_excuse(world: World, running: list[Computer]) -> str | None:
+    """Why the site as a whole need not be complete; None when it must."""
+    seal = sealed_to(world)
+    if seal is not None:
+        alive = [m for m in running if m.k3s.cluster == seal.ca_hash]
+        if not any(m.k3s.store is Datastore.ETCD for m in alive):
+            return "no server of the sealed cluster is left"
+        return None
+    clusters = {m.k3s.cluster for m in running if m.k3s.cluster and m.k3s.origin is None}
+    if len(clusters) > 1:
+        return "two clusters"
+    if len({m.node.nodes for m in running if m.node}) > 1:
+        return "nodes differ"
+    if len({m.plan.servers for m in running}) > 1:
+        return "servers differ"
+    nodes = next(m.node.nodes for m in running if m.node) if running else 0
+    if len(running) > nodes and not any(m.node and m.node.log for m in running):
+        return "more machines than nodes"
+    voters = [m for m in running if m.node and m.node.durable.muted is None]
+    if len(voters) < quorum(nodes):
+        return f"{len(voters)} voters of {nodes}"
+    if not any(able(world, m) for m in voters):
+        return NOBODY_CAN
+    owners = [m for m in running if m.k3s.cluster in clusters]
+    if owners and not any(able(world, m) and m in voters for m in owners):
+        return OWNER_CANNOT
+    return None
+
+
+def machine_excuse(world: World, m: Computer) -> str | None:
+    """Why this machine need not be ready though the site is sealed or must be."""
+    assert m.node is not None
+    seal, nomination = sealed_to(world), m.node.nomination
+    if m.plan.install_fails_for_good:
+        return "its install fails for good"
+    if seal is None:
+        return None
+    if m.k3s.cluster not in (None, seal.ca_hash):
+        return "it has data of another cluster"
+    if not isinstance(nomination, Nominate) or m.k3s.cluster == seal.ca_hash:
+        return None
+    alive = {other.id: other for other in world.computers if other.node is not None}
+    for founder in nomination.servers:
+        if founder not in alive or alive[founder].plan.install_fails_for_good:
+            return f"the founding server {founder} cannot be prepared"
+    return None
+
+
+# --- whether a line is true -------------------------------------------------------------------
+
+
+def told_truly(world: World, m: Computer, line: str) -> bool:
+    """Whether a line names a reason that the world bears out."""
+    for pattern, holds in LINES:
+        if found := re.search(pattern, line):
+            return holds(world, m, found)
+    return False
+
+
+def _counts(world: World, m: Computer, found: re.Match[str]) -> bool:
+    here = sum(1 for c in world.computers if c is m or world.linked(c, m))
+    ids = len({c.id for c in world.computers if c is m or world.linked(c, m)})
+    return int(found[1]) in (here, ids) and int(found[1]) < int(found[3])
+
+
+def _too_few_voters(world: World, m: Computer, found: re.Match[str]) -> bool:
+    able_ids = {c.id for c in world.computers if c.node and c.node.durable.muted is None}
+    return len(able_ids) == int(found[1]) < int(found[3])
+
+
+def _differ(world: World, m: Computer, found: re.Match[str]) -> bool:
+    assert m.node is not None
+    mine = {"nodes": m.node.nodes, "servers": m.plan.servers}[found[1]]
+    theirs = {
+        {"nodes": c.node.nodes, "servers": c.plan.servers}[found[1]]
+        for c in world.computers
+        if c.node is not None
+    }
+    return int(found[2]) == mine and int(found[3]) in theirs and found[2] != found[3]
+
+
+def _crowd(world: World, m: Computer, found: re.Match[str]) -> bool:
+    return int(found[1]) > int(found[2])
+
+
+def _muted(world: World, m: Computer, found: re.Match[str]) -> bool:
+    return any(c.disk.outcomes[-1] and c.disk.outcomes[-1].muted for c in world.computers)
+
+
+def _clusters(world: World, m: Computer, found: re.Match[str]) -> bool:
+    return len({c.k3s.cluster for c in world.computers if c.node and c.k3s.cluster}) > 1
+
+
+def _hopeless(world: World, m: Computer, found: re.Match[str]) -> bool:
+    return m.plan.install_fails_for_good or m.k3s.store is not Datastore.NONE
+
+
+def _unprepared(world: World, m: Computer, found: re.Match[str]) -> bool:
+    return str(machine_excuse(world, m)).startswith("the founding server")
+
+
+def _unable_init(world: World, m: Computer, found: re.Match[str]) -> bool:
+    return not any(able(world, c) for c in world.computers if c.node)
+
+
+def _starting(world: World, m: Computer, found: re.Match[str]) -> bool:
+    return not m.k3s.ready
+
+
+def _trying(world: World, m: Computer, found: re.Match[str]) -> bool:
+    running = [c for c in world.computers if c.node]
+    return site_excuse(world, running) in (NOBODY_CAN, OWNER_CANNOT)
+
+
+def _lost_cluster(world: World, m: Computer, found: re.Match[str]) -> bool:
+    return site_excuse(world, [c for c in world.computers if c.node]) is not None
+
+
+LINES: tuple[tuple[str, Callable[[World, Computer, re.Match[str]], bool]], ...] = (
+    (r"(\d+) of (\d+) machines here, (\d+) must agree", _counts),
+    (r"(\d+) of (\d+) machines here may vote, (\d+) must agree", _too_few_voters),
+    (r"(nodes|servers) is (\d+) here but (\d+) on", _differ),
+    (r"(\d+) machines here but nodes is (\d+);", _crowd),
+    (r"its votes are lost|another live machine has this node's identity", _muted),
+    (r"two clusters under one token|data of another cluster", _clusters),
+    (r"the memory cgroup is off|single-node cluster of its own|the data of", _hopeless),
+    (r"^(.+) to be prepared \(servers join when all are\)", _unprepared),
+    (r"no server can be reached|to hand out the registration address", _lost_cluster),
+    (r"a machine that may be a server: all here", _unable_init),
+    (r"^K3s on this machine to be ready", _starting),
+    (r"^(\S+) to start the cluster|^another attempt of|ranks first, to be nominated", _trying),
+    (r"^init: |stand-down: |k3sagentd-apply to take the order", _trying),
+)
+"""What a line may say at the end of a run, and when that is true."""

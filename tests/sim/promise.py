@@ -1,0 +1,306 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The promise as invariants, each checked at the very effect that could break it.
+
+What the witness knows of the site it takes from the disks and the wire alone, never from the
+core's own bookkeeping, so that a core that deceives itself does not deceive it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from k3sagentd.core import log as entries
+from k3sagentd.core import messages
+from k3sagentd.core.k3s import Action, Order
+from k3sagentd.core.log import Abandon, Nominate, Seal, Value
+from k3sagentd.core.messages import Accept, Accepted, Hello, Learned, Message, Prepare
+from k3sagentd.core.paxos import Ballot, quorum
+from k3sagentd.core.state import Durable
+from k3sagentd.core.words import NodeId
+from tests.sim.computer import Computer
+
+if TYPE_CHECKING:
+    from tests.sim.world import World
+
+
+class BrokenError(AssertionError):
+    """An invariant does not hold; ``invariant`` is its name."""
+
+    def __init__(self, invariant: str, text: str) -> None:
+        super().__init__(f"{invariant}: {text}")
+        self.invariant = invariant
+
+
+class Promise:
+    """Watches one world."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.outside: str | None = None
+        """Why the assumptions of the design do not hold in this run, if so."""
+        self.chosen: dict[int, Value] = {}
+        self.founded: dict[str, tuple[NodeId, int]] = {}
+        self.joined: dict[str, set[NodeId]] = {}
+        self._votes: dict[tuple[int, Ballot, int], set[NodeId]] = {}
+        self._asked: dict[tuple[int, Ballot], Value] = {}
+        self._disks: dict[tuple[int, NodeId], Durable] = {}
+        self._voters: dict[tuple[int, NodeId], int] = {}
+        """Who voted or still may, with the ``nodes`` that it counts by."""
+
+    def _must(self, holds: bool, invariant: str, text: str) -> None:
+        if not holds:
+            raise BrokenError(invariant, text)
+
+    def _agreed(self, holds: bool, invariant: str, text: str) -> None:
+        """Like ``_must``, for what rests on the design's assumptions (4.3)."""
+        if not holds and self.outside is None:
+            raise BrokenError(invariant, text)
+
+    # --- the assumptions --------------------------------------------------------------------
+
+    def boots(self, m: Computer, durable: Durable) -> None:
+        """A daemon starts: does every quorum still share a member with every other?
+
+        Counted are the identities that voted or may vote, once per machine. Where too few of them
+        are without a seal to form a quorum, nothing more can be decided.
+        """
+        if durable.muted is not None:
+            self._disks[m.number, m.id] = durable
+        else:
+            self.persists(m, durable)  # a write that a power cut interrupted counts if it is there
+            counts_by = durable.nodes if durable.nodes is not None else m.plan.nodes
+            self._voters[m.number, m.id] = counts_by
+        if self.outside is None:
+            self.outside = self._exposed()
+
+    def _exposed(self) -> str | None:
+        voters = {key: nodes for key, nodes in self._voters.items() if self._counts(*key)}
+        size, still_open = Counter(voters.values()), Counter[int]()
+        for (number, node), nodes in voters.items():
+            m = self.world.computers[number]
+            left = m.disk.outcomes[-1]
+            if m.id == node and left is not None and entries.seal_of(left.log) is None:
+                still_open[nodes] += left.muted is None
+        for a, b in itertools.product(size, size):
+            if a == b and 2 * quorum(a) <= size[a] and still_open[a] >= quorum(a):
+                return f"{size[a]} identities may vote, nodes is {a}: two quorums need not meet"
+            if a != b and size[a] >= quorum(a) and still_open[b] >= quorum(b):
+                return f"{size[a]} machines with nodes: {a}, {size[b]} with {b}: two quorums"
+        return None
+
+    def _counts(self, number: int, node: NodeId) -> bool:
+        if self.world.computers[number].id == node:
+            return True
+        # A former identity of a machine that was re-imaged counts if it ever voted.
+        left = self._disks.get((number, node))
+        return left is not None and left.nodes is not None
+
+    # --- the disk ---------------------------------------------------------------------------
+
+    def persists(self, m: Computer, new: Durable) -> None:
+        """A write is complete."""
+        old = self._disks.get((m.number, m.id))
+        if old is not None and self.outside is None:
+            self._only_forward(m, old, new)
+        self._disks[m.number, m.id] = new
+        for number in range(len(old.log) if old else 0, len(new.log)):
+            if new.nodes == 1:
+                self._choose(m, number, new.log[number])  # its vote and this are one write
+            self._learned(m, number, new.log[number])
+        proposal = new.acceptor.accepted
+        if proposal is None or new.nodes is None:
+            return
+        decree = len(new.log)
+        votes = self._votes.setdefault((decree, proposal.ballot, new.nodes), set())
+        if m.id not in votes:
+            votes.add(m.id)
+            self._one_value_per_ballot(m, decree, proposal.ballot, proposal.value)
+            self._what_is_there_wins(m, proposal.value)
+            if len(votes) >= quorum(new.nodes):
+                self._choose(m, decree, proposal.value)
+
+    def _only_forward(self, m: Computer, old: Durable, new: Durable) -> None:
+        name = "an acceptor forgets nothing"
+        self._must(new.log[: len(old.log)] == old.log, name, f"{m.name} lost entries")
+        self._must(not old.muted or bool(new.muted), name, f"{m.name} forgot that it is muted")
+        self._must(old.nodes in (None, new.nodes), name, f"{m.name} changed its nodes")
+        if len(new.log) == len(old.log) and old.acceptor.promised is not None:
+            now, before = new.acceptor, old.acceptor
+            self._must(
+                now.promised is not None and now.promised >= before.promised,
+                name,
+                f"{m.name} took its promise back",
+            )
+            kept = before.accepted is None or (
+                now.accepted is not None and now.accepted.ballot >= before.accepted.ballot
+            )
+            self._must(kept, name, f"{m.name} took its vote back")
+
+    def _choose(self, m: Computer, decree: int, value: Value) -> None:
+        known = self.chosen.setdefault(decree, value)
+        self._agreed(
+            known == value,
+            "one value is chosen per entry",
+            f"entry {decree} is {known.describe()} and, with {m.name}'s vote, {value.describe()}",
+        )
+
+    def _what_is_there_wins(self, m: Computer, value: Value) -> None:
+        if not isinstance(value, Nominate) or m.id == value.init:
+            return
+        init = next((c for c in self.world.computers if c.id == value.init), None)
+        there = m.k3s.cluster if m.k3s.origin is None else None
+        self._must(
+            there is None or (init is not None and init.k3s.cluster == there),
+            "what is on the disk wins",
+            f"{m.name} has a cluster and votes for {value.describe()}",
+        )
+
+    def _learned(self, m: Computer, number: int, value: Value) -> None:
+        self._agreed(
+            self.chosen.get(number) == value,
+            "only what was chosen is learned",
+            f"{m.name} has {value.describe()} as entry {number}, chosen is "
+            f"{self.chosen[number].describe() if number in self.chosen else 'nothing'}",
+        )
+
+    def _one_value_per_ballot(self, m: Computer, decree: int, ballot: Ballot, value: Value) -> None:
+        known = self._asked.setdefault((decree, ballot), value)
+        self._agreed(
+            known == value,
+            "a ballot has one value",
+            f"ballot {ballot.describe()} of entry {decree} by {m.name}: {known.describe()} and "
+            f"{value.describe()}",
+        )
+
+    # --- the wire ---------------------------------------------------------------------------
+
+    def sends(self, m: Computer, message: Message) -> None:
+        """A message leaves: would a power cut now leave enough on the disk to stand by it?"""
+        for left in m.disk.outcomes:
+            stands = left is not None and _stands_by(left, message)
+            self._must(
+                stands,
+                "persisted before sent",
+                f"{m.name} sends {message.describe()}, a power cut may leave "
+                f"{left.describe() if left else 'a torn file'}",
+            )
+        if isinstance(message, (messages.Promise, Accepted)) and m.disk.outcomes[-1] is not None:
+            self._must(
+                m.disk.outcomes[-1].muted is None,
+                "who lost its votes never votes",
+                f"{m.name} sends {message.describe()}",
+            )
+        if isinstance(message, Accept):
+            self._one_value_per_ballot(m, message.decree, message.ballot, message.value)
+
+    def announces(self, m: Computer, hello: Hello) -> None:
+        """What a node tells of itself is on its disk."""
+        for left in m.disk.outcomes:
+            stands = left is not None and len(left.log) >= hello.log_length
+            self._must(stands, "persisted before sent", f"{m.name} announces more than it has")
+            voted = left is not None and (left.log or not left.acceptor.blank)
+            if hello.has_voted:
+                self._must(bool(voted), "persisted before sent", f"{m.name} announces a vote")
+
+    # --- K3s --------------------------------------------------------------------------------
+
+    def orders(self, m: Computer, order: Order) -> None:
+        """An order follows from the log that is on the disk."""
+        left = m.disk.outcomes[-1]
+        log = left.log if left else ()
+        nomination, seal = entries.nomination_of(log), entries.seal_of(log)
+        match order.action:
+            case Action.INIT:
+                holds = nomination is not None and nomination.init == m.id
+                holds = holds and left is not None and left.started_epoch == order.epoch
+            case Action.PREPARE | Action.JOIN:
+                holds = seal is not None and order.ca_hash == seal.ca_hash
+            case _:
+                outcome = 2 * order.epoch + 1
+                holds = outcome < len(log) and isinstance(log[outcome], Abandon)
+        self._must(holds, "an order follows from the log", f"{m.name} orders {order.describe()}")
+
+    def starts_k3s(self, m: Computer, order: Order) -> None:
+        """K3s is about to be started by an order."""
+        sealed = any(isinstance(value, Seal) for value in self.chosen.values())
+        if order.action is Action.JOIN:
+            self._agreed(
+                sealed, "nobody joins before the seal", f"{m.name} starts K3s without a seal"
+            )
+            return
+        nomination = self.chosen.get(2 * order.epoch)
+        self._agreed(
+            isinstance(nomination, Nominate) and nomination.init == m.id,
+            "only the init node initialises",
+            f"{m.name} starts K3s in epoch {order.epoch}",
+        )
+        left = m.disk.outcomes[-1]
+        outcome = 2 * order.epoch + 1
+        abandoned = left is not None and len(left.log) > outcome
+        abandoned = abandoned and isinstance(left.log[outcome], Abandon)
+        self._agreed(
+            not abandoned or m.applying,
+            "an abandoned init node does not initialise",
+            f"{m.name} in epoch {order.epoch}",
+        )
+
+    def founds(self, m: Computer, cluster: str, epoch: int) -> None:
+        """A cluster came to be."""
+        self.founded[cluster] = (m.id, epoch)
+        outcome = self.chosen.get(2 * epoch + 1)
+        self._agreed(
+            not isinstance(outcome, Seal),
+            "a sealed epoch has one cluster",
+            f"{m.name} founds another in epoch {epoch}",
+        )
+
+    def joins(self, m: Computer, cluster: str) -> None:
+        """A machine became a member of a cluster."""
+        self.joined.setdefault(cluster, set()).add(m.id)
+        self._agreed(
+            len(self.joined) == 1, "never two clusters", f"{m.name} joins {cluster[:8]} too"
+        )
+        sealed = {v.ca_hash for v in self.chosen.values() if isinstance(v, Seal)}
+        self._agreed(cluster in sealed, "never two clusters", f"{m.name} joins what is not sealed")
+
+    def stands_down(self, m: Computer, cluster: str) -> None:
+        """Data of a cluster is moved aside."""
+        sealed = {v.ca_hash for v in self.chosen.values() if isinstance(v, Seal)}
+        self._agreed(
+            cluster not in sealed, "a sealed cluster is never stood down", f"{m.name} does"
+        )
+        self._must(
+            cluster in self.founded, "only our own data is moved", f"{m.name} moves {cluster[:8]}"
+        )
+        members = self.joined.get(cluster)
+        self._agreed(not members, "an abandoned cluster has no members", f"{members} joined it")
+
+    def nothing_is_deleted(self) -> None:
+        """Whatever K3s data there was is in its place or aside."""
+        there = {c.k3s.cluster for c in self.world.computers}
+        there |= {cluster for c in self.world.computers for cluster in c.k3s.aside}
+        there |= {cluster for _, cluster in self.taken}
+        lost = set(self.founded) - there
+        self._must(not lost, "nothing of K3s's is deleted", f"{lost} are gone")
+
+    taken: tuple[tuple[int, str], ...] = ()
+    """Data that went with a machine: re-imaged by a person."""
+
+
+def _stands_by(left: Durable, message: Message) -> bool:
+    match message:
+        case Prepare(decree=decree, ballot=ballot) | messages.Promise(decree=decree, ballot=ballot):
+            promised = left.acceptor.promised
+            if len(left.log) > decree:
+                return True
+            return len(left.log) == decree and promised is not None and promised >= ballot
+        case Accept(decree=decree, ballot=ballot) | Accepted(decree=decree, ballot=ballot):
+            accepted = left.acceptor.accepted
+            if len(left.log) > decree:
+                return True
+            return len(left.log) == decree and accepted is not None and accepted.ballot >= ballot
+        case Learned(first=first, entries=values):
+            return left.log[first : first + len(values)] == values
+    return True

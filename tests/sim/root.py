@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Root's part and K3s itself, as far as the site can see them.
+
+Keeps to ``k3s/apply.py`` (its checks and the order of its steps) and to K3S.md: the first start
+chooses the datastore, data that is there wins, a join needs a ready server with the right CA.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING
+
+from k3sagentd.core.events import FactsRead, K3sProbed, ResultRead
+from k3sagentd.core.k3s import Action, Datastore, Order, Outcome, Result, ServerOrAgent
+from k3sagentd.core.words import NodePhase
+from tests.sim.computer import Computer
+from tests.sim.dice import Fault
+
+if TYPE_CHECKING:
+    from tests.sim.world import World
+
+PROBED = (NodePhase.INITIALISING, NodePhase.JOINING, NodePhase.READY, NodePhase.FAILED)
+POLL_S = 0.25
+"""``daemon.drive.RESULT_POLL_S``."""
+RESTART_S = 5.0
+"""RestartSec of K3s's unit."""
+
+Verdict = tuple[Outcome, str | None]
+DONE: Verdict = (Outcome.DONE, None)
+
+
+def take(world: World, m: Computer, order: Order) -> None:
+    """An order was written: ``apply`` starts, or takes it when it is done with the last."""
+    m.waiting_order = order
+    if m.result is not None and m.result.order == order:
+        # The same words as before a restart of the daemon: the old answer is still there.
+        world.at(POLL_S, look, world, m, m.process)
+    if not m.applying:
+        _begin(world, m)
+
+
+def _begin(world: World, m: Computer) -> None:
+    order, m.waiting_order = m.waiting_order, None
+    if order is None:
+        return
+    m.applying = True
+    m.applied += 1
+    span_s = 0.1 + 0.9 * world.dice.uniform(1, m.number, m.applied)
+    lost = world.strikes(Fault.ORDER_LOST, m.number, m.applied)
+    if lost and world.dice.uniform(2, m.number, m.applied) < 0.5:
+        m.applying = False
+        return
+    world.at(span_s, _carry_out, world, m, m.power, order, lost)
+
+
+def _carry_out(world: World, m: Computer, power: int, order: Order, lost: bool) -> None:
+    if m.power != power:
+        return
+    if world.strikes(Fault.INSTALL_FAILS, m.number, m.applied):
+        outcome, reason = Outcome.FAILED, "no network"
+    else:
+        outcome, reason = _do(world, m, order)
+    if lost:
+        m.applying = False
+        return
+    span_s = 0.1 + 0.4 * world.dice.uniform(3, m.number, m.applied)
+    result = Result(order=order, outcome=outcome, step="all", reason=reason)
+    world.at(span_s, _finish, world, m, power, result)
+
+
+def _finish(world: World, m: Computer, power: int, result: Result) -> None:
+    if m.power != power:
+        return
+    m.applying, m.result = False, result
+    world.tell(m, f"apply: {result.order.action} {result.outcome}")
+    look(world, m, m.process)
+    _begin(world, m)
+
+
+def look(world: World, m: Computer, process: int) -> None:
+    """The daemon finds the facts and the result that root left."""
+    if m.result is None or m.process != process:
+        return
+    now_s = m.clock(world.now_s)
+    world.feed(m, FactsRead(now_s=now_s, facts=m.facts()))
+    world.feed(m, ResultRead(now_s=now_s, result=m.result))
+
+
+def _do(world: World, m: Computer, order: Order) -> Verdict:
+    match order.action:
+        case Action.INIT:
+            return _init(world, m, order)
+        case Action.JOIN:
+            return _join(world, m, order)
+        case Action.STAND_DOWN:
+            return _stand_down(world, m, order)
+        case _:  # prepare
+            return _hopeless(m, join=True) or DONE
+
+
+def _hopeless(m: Computer, *, join: bool, role: ServerOrAgent | None = None) -> Verdict | None:
+    k3s = m.k3s
+    if m.plan.install_fails_for_good:
+        return Outcome.FAILED_FOR_GOOD, "the memory cgroup is off"
+    if join and k3s.store is Datastore.SQLITE:
+        return Outcome.FAILED_FOR_GOOD, "a single-node cluster of its own"
+    if k3s.store is Datastore.ETCD and role is ServerOrAgent.AGENT:
+        return Outcome.FAILED_FOR_GOOD, "the data of a server"
+    return None
+
+
+def _init(world: World, m: Computer, order: Order) -> Verdict:
+    k3s = m.k3s
+    if hopeless := _hopeless(m, join=False):
+        return hopeless
+    if k3s.store is Datastore.AGENT:
+        return Outcome.FAILED_FOR_GOOD, "the data of an agent"
+    if k3s.origin is not None and k3s.origin != order.epoch:
+        return Outcome.FAILED_FOR_GOOD, f"data of epoch {k3s.origin}"
+    world.promise.starts_k3s(m, order)
+    if k3s.store is Datastore.NONE:
+        text = f"{m.id} {order.epoch} {len(world.promise.founded)}"
+        k3s.cluster = hashlib.sha256(text.encode()).hexdigest()
+        k3s.store, k3s.origin = Datastore.ETCD, order.epoch
+        world.promise.founds(m, k3s.cluster, order.epoch)
+    k3s.store = Datastore.ETCD  # SQLite is converted and keeps its CA
+    _start(world, m)
+    return DONE
+
+
+def _join(world: World, m: Computer, order: Order) -> Verdict:
+    k3s = m.k3s
+    if hopeless := _hopeless(m, join=True, role=order.role):
+        return hopeless
+    member = k3s.store in (Datastore.ETCD, Datastore.AGENT)
+    if not member and not any(_serves(world, m, url, order.ca_hash) for url in order.servers):
+        return Outcome.FAILED, "no server can be reached"
+    world.promise.starts_k3s(m, order)
+    if not member:
+        server = order.role is ServerOrAgent.SERVER
+        k3s.store = Datastore.ETCD if server else Datastore.AGENT
+        k3s.cluster = order.ca_hash
+        world.promise.joins(m, str(order.ca_hash))
+    _start(world, m)
+    return DONE
+
+
+def _serves(world: World, m: Computer, url: str, ca_hash: str | None) -> bool:
+    return any(
+        other.k3s.ready
+        and other.k3s.store is Datastore.ETCD
+        and other.k3s.cluster == ca_hash
+        and f"https://{other.address}:6443" == url
+        and world.wired(m, other)
+        for other in world.computers
+        if other is not m
+    )
+
+
+def _stand_down(world: World, m: Computer, order: Order) -> Verdict:
+    k3s = m.k3s
+    if k3s.origin is not None and k3s.origin != order.epoch:
+        return Outcome.FAILED_FOR_GOOD, f"data of epoch {k3s.origin}"
+    if k3s.origin is None and k3s.store is not Datastore.NONE:
+        return DONE  # it was there before the site and stays as it is
+    k3s.running = k3s.ready = k3s.enabled = False
+    if k3s.cluster is not None:
+        world.promise.stands_down(m, k3s.cluster)
+        k3s.aside.append(k3s.cluster)
+    k3s.store, k3s.cluster, k3s.origin = Datastore.NONE, None, None
+    return DONE
+
+
+def _start(world: World, m: Computer) -> None:
+    m.k3s.enabled = True
+    if not m.k3s.running:
+        begin_to_run(world, m)
+
+
+def begin_to_run(world: World, m: Computer) -> None:
+    """K3s's unit starts; it is ready a while later."""
+    m.k3s.running, m.k3s.ready = True, False
+    m.k3s.starts += 1
+    start_s = m.plan.k3s_start_s * (0.5 + world.dice.uniform(4, m.number, m.k3s.starts))
+    world.at(start_s, _becomes_ready, world, m, m.power, m.k3s.starts)
+    watch(world, m)
+
+
+def _becomes_ready(world: World, m: Computer, power: int, starts: int) -> None:
+    if m.power == power and m.k3s.running and m.k3s.starts == starts:
+        m.k3s.ready = True
+        watch(world, m)
+
+
+def dies(world: World, m: Computer) -> None:
+    """K3s ends; its unit starts it again."""
+    if m.k3s.running:
+        m.k3s.running = m.k3s.ready = False
+        watch(world, m)
+        world.at(RESTART_S, _restarts, world, m, m.power)
+
+
+def _restarts(world: World, m: Computer, power: int) -> None:
+    if m.power == power and m.k3s.enabled and not m.k3s.running:
+        begin_to_run(world, m)
+
+
+def watch(world: World, m: Computer) -> None:
+    """Have the daemon probe soon if it cares and would find news."""
+    node = m.node
+    if node is None or m.probing or node.phase not in PROBED:
+        return
+    if node.drive.order is None and node.phase is not NodePhase.JOINING:
+        return
+    if node.k3s == m.probe():
+        return
+    m.probing = True
+    world.at(0.2 + world.dice.uniform(5, m.number, m.effects), _probe, world, m, m.process)
+
+
+def _probe(world: World, m: Computer, process: int) -> None:
+    if m.process != process or m.node is None:
+        return
+    m.probing = False
+    order = m.node.drive.order
+    if order is not None and order.action is Action.STAND_DOWN:
+        return
+    world.feed(m, K3sProbed(now_s=m.clock(world.now_s), state=m.probe()))
