@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from operator import attrgetter, is_
 
 from k3sagentd.core import guards, ranking
 from k3sagentd.core.k3s import Datastore, ServerOrAgent
@@ -12,6 +13,8 @@ from k3sagentd.core.state import Node
 from k3sagentd.core.words import Role
 
 K3S_PORT = 6443
+parts = attrgetter("announced", "site", "durable", "address", "phase", "facts", "drive", "k3s")
+"""The parts of a node that its hello is made of."""
 
 
 def k3s_role(node: Node) -> ServerOrAgent | None:
@@ -42,6 +45,11 @@ def own_url(node: Node) -> str | None:
 def url_of(host: str) -> str:
     """The registration address for a host name or an IP address (RFC 3986, section 3.2.2)."""
     return f"https://[{host}]:{K3S_PORT}" if ":" in host else f"https://{host}:{K3S_PORT}"
+
+
+def may_differ(before: Node, node: Node) -> bool:
+    """Whether a part was replaced that the hello is made of."""
+    return not all(map(is_, parts(before), parts(node)))
 
 
 def own_hello(node: Node) -> Hello:

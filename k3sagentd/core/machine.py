@@ -26,7 +26,7 @@ from k3sagentd.core.events import (
     ResultRead,
     Tick,
 )
-from k3sagentd.core.hello import own_hello
+from k3sagentd.core.hello import may_differ, own_hello
 from k3sagentd.core.log import Abandon, Nominate, Seal, is_nomination
 from k3sagentd.core.messages import (
     Accept,
@@ -75,13 +75,16 @@ def step(node: Node, event: Event) -> tuple[Node, tuple[Effect, ...]]:
 
     The effects must be carried out in order (see ``effects``).
     """
-    turn = Turn(replace(node, now_s=event.now_s), event.now_s)
+    turn = Turn(node.but(now_s=event.now_s), event.now_s)
     _absorb(turn, event)
     lifecycle.advance(turn)
+    before = turn.node
     _campaign(turn)
-    lifecycle.advance(turn)
+    if turn.node is not before:
+        lifecycle.advance(turn)
     drive.run(turn)
-    _announce(turn)
+    if may_differ(node, turn.node):
+        _announce(turn)
     return turn.node, tuple(turn.effects)
 
 
@@ -247,8 +250,7 @@ def _plan(node: Node, now_s: float) -> tuple[float, Intent, Seal | Abandon | Non
         return None
     earliest_s = node.propose_not_before_s
     if is_nomination(len(node.log)):
-        turn_of = _position(node)
-        if node.phase is not NodePhase.ELECTING or turn_of is None:
+        if node.phase is not NodePhase.ELECTING or (turn_of := _position(node)) is None:
             return None
         at_s = node.phase_since_s + turn_of * election.STAGGER_S + election.pause_s(node)
         return max(at_s, earliest_s), Intent.NOMINATE, None

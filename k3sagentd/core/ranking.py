@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 from collections.abc import Iterable
+from functools import lru_cache
 
 from k3sagentd.core.log import abandonments
 from k3sagentd.core.messages import Hello
@@ -24,6 +25,7 @@ def fitness_class(fsync_ms: float | None) -> int:
     return sum(fsync_ms > limit for limit in FITNESS_LIMITS_MS)
 
 
+@lru_cache(maxsize=1024)
 def lot(election_key: bytes, node: NodeId) -> bytes:
     """The node's lot: cannot be predicted or bought without the token."""
     return hmac.digest(election_key, node.encode(), hashlib.sha256)

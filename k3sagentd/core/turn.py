@@ -27,16 +27,16 @@ class Turn:
 
     def set(self, **changes: Any) -> None:
         """Change what is lost with the process."""
-        self.node = replace(self.node, **changes)
+        self.node = self.node.but(**changes)
 
     def drive(self, **changes: Any) -> None:
         """Change where the drive of K3s stands."""
-        self.node = replace(self.node, drive=replace(self.node.drive, **changes))
+        self.node = self.node.but(drive=replace(self.node.drive, **changes))
 
     def persist(self, **changes: Any) -> None:
         """Change the durable state; every effect added from here on comes after it."""
         durable = replace(self.node.durable, **changes)
-        self.node = replace(self.node, durable=durable)
+        self.node = self.node.but(durable=durable)
         if self.effects and isinstance(self.effects[-1], Persist):
             self.effects[-1] = Persist(durable=durable)
         else:

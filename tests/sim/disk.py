@@ -24,7 +24,7 @@ class Disk:
         """What a power cut now may leave; None is a file that is torn."""
         self._temporary: Durable | None = None
         self._synced = False
-        self._torn = store.encode(Durable(node=node))
+        self._torn = b""
         self.damage: int | None = None
         """Where the file was damaged while nobody looked."""
 

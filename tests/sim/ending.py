@@ -38,7 +38,8 @@ def judge(world: World) -> None:
     """Raise where a machine is not ready that must be, or says what is not true."""
     if world.promise.outside is not None:
         return
-    if not (world.happened or world.dice.struck):
+    spread_s = max(m.boot_s for m in world.plan.machines)
+    if not (world.happened or world.dice.struck) and world.plan.settle_s > spread_s:
         _has_its_servers(world)
     running = [m for m in world.computers if m.node is not None]
     excuse = site_excuse(world, running)
@@ -190,6 +191,10 @@ def _starting(world: World, m: Computer, found: re.Match[str]) -> bool:
     return not m.k3s.ready
 
 
+def _applying(world: World, m: Computer, found: re.Match[str]) -> bool:
+    return m.applying or m.waiting_order is not None
+
+
 def _trying(world: World, m: Computer, found: re.Match[str]) -> bool:
     running = [c for c in world.computers if c.node]
     return site_excuse(world, running) in (NOBODY_CAN, OWNER_CANNOT)
@@ -211,7 +216,8 @@ LINES: tuple[tuple[str, Callable[[World, Computer, re.Match[str]], bool]], ...] 
     (r"no server can be reached|to hand out the registration address", _lost_cluster),
     (r"a machine that may be a server: all here", _unable_init),
     (r"^K3s on this machine to be ready", _starting),
+    (r"k3sagentd-apply to take the order", _applying),
     (r"^(\S+) to start the cluster|^another attempt of|ranks first, to be nominated", _trying),
-    (r"^init: |stand-down: |k3sagentd-apply to take the order", _trying),
+    (r"^init: |^stand-down: ", _trying),
 )
 """What a line may say at the end of a run, and when that is true."""
