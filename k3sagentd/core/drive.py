@@ -158,6 +158,8 @@ def may_initialise(node: Node) -> bool:
 
     To seal it needs the quorum anyway; and whoever was away may have been abandoned meanwhile.
     """
+    if not node.is_init:
+        return False
     if node.durable.forced:
         return True
     newer = any(hello.log_length > len(node.log) for hello in node.up)
@@ -264,6 +266,7 @@ def _order(node: Node, action: Action) -> Order:
         ca_hash=node.seal.ca_hash if node.seal else None,
         k3s_version=node.seal.k3s_version if node.seal else None,
         shared_flags=flags,
+        instance=node.site.instance,
     )
 
 

@@ -52,14 +52,6 @@ class MessageReceived:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CloneSeen:
-    """Another live machine has our own node id."""
-
-    now_s: float
-    address: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class AddressChanged:
     """The address of the chosen interface; None while it has none."""
 
@@ -119,7 +111,6 @@ Event = (
     | PeerLost
     | PeerRefused
     | MessageReceived
-    | CloneSeen
     | AddressChanged
     | FactsRead
     | ResultRead

@@ -71,6 +71,8 @@ class Order:
     """Flags handed out with the registration; for JOIN of a server."""
     attempt: int = 0
     """Counts retries, so that a retry is a different order."""
+    instance: str = ""
+    """The run of the daemon that gave it: an answer to an earlier run's order is not its own."""
 
     def describe(self) -> str:
         """As people read it."""

@@ -154,7 +154,7 @@ BEFORE_THE_SEAL = (P.DISCOVERING, P.ELECTING, P.WAITING, P.INITIALISING)
 
 TABLE: tuple[Rule, ...] = (
     _rule(
-        (*BEFORE_THE_SEAL, P.JOINING, P.FAILED, P.CONFLICT),
+        (*BEFORE_THE_SEAL, P.CONFLICT),
         abandoned_here,
         P.STANDING_DOWN,
         "no one ever joined this cluster; it must be gone before the node joins another",
@@ -168,7 +168,7 @@ TABLE: tuple[Rule, ...] = (
         forget_the_epoch,
     ),
     _rule(
-        (*BEFORE_THE_SEAL, P.JOINING, P.FAILED),
+        (*BEFORE_THE_SEAL, P.JOINING),
         in_conflict,
         P.CONFLICT,
         "which of two clusters is meant is not ours to guess",
@@ -188,10 +188,11 @@ TABLE: tuple[Rule, ...] = (
         begin_anew,
     ),
     _rule(
-        (P.DISCOVERING, P.ELECTING),
+        (P.DISCOVERING, P.ELECTING, P.INITIALISING),
         is_nominated_elsewhere,
         P.WAITING,
         "no other node touches K3s before the seal",
+        begin_anew,
     ),
     _rule(
         (P.WAITING, P.INITIALISING),

@@ -12,7 +12,6 @@ from k3sagentd.core import drive, election, guards, lifecycle, ranking
 from k3sagentd.core.effects import Announce, Effect
 from k3sagentd.core.events import (
     AddressChanged,
-    CloneSeen,
     Event,
     FactsRead,
     HelloReceived,
@@ -58,6 +57,7 @@ from k3sagentd.core.words import NodeId, NodePhase, short
 
 FLIPS_OF_CLONES = 2
 """A restart changes the instance once, a late answer may change it back once; clones go on."""
+AFTER_THE_SEAL = (NodePhase.JOINING, NodePhase.READY, NodePhase.FAILED)
 FETCH_S = 2.0
 """Before a peer that knows more is asked again."""
 CLONED = (
@@ -101,8 +101,6 @@ def _absorb(turn: Turn, event: Event) -> None:
             turn.set(refused=dict(list(refused.items())[-REFUSED_LIMIT:]))
         case MessageReceived(sender=sender, message=message):
             _on_message(turn, sender, message)
-        case CloneSeen(address=address):
-            _mute(turn, CLONED.format(address=address))
         case AddressChanged(address=address):
             turn.set(address=address)
         case FactsRead(facts=facts):
@@ -179,10 +177,16 @@ def _catch_up(turn: Turn) -> None:
     node = turn.node
     for hello in node.up:
         peer = node.peers[hello.node]
-        if hello.log_length > len(node.log) and turn.now_s >= peer.fetch_s + FETCH_S:
+        if has_news(node, hello) and turn.now_s >= peer.fetch_s + FETCH_S:
             turn.set(peers={**node.peers, hello.node: replace(peer, fetch_s=turn.now_s)})
             turn.send(hello.node, Fetch(first=len(node.log)))
             return
+
+
+def has_news(node: Node, hello: Hello) -> bool:
+    """Whether a peer has entries that we would take: those of our count, or a sealed log."""
+    takes = hello.nodes == node.nodes or hello.phase in AFTER_THE_SEAL
+    return takes and hello.log_length > len(node.log)
 
 
 def _mute(turn: Turn, reason: str) -> None:
@@ -331,5 +335,5 @@ def _deadlines(node: Node) -> Iterator[float]:
     if node.phase is NodePhase.INITIALISING and node.drive.first_order_s is not None:
         yield node.drive.first_order_s + node.site.abandon_after_s
     for hello in node.up:
-        if hello.log_length > len(node.log):
+        if has_news(node, hello):
             yield node.peers[hello.node].fetch_s + FETCH_S

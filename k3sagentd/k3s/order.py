@@ -27,6 +27,7 @@ RESULT_LIMIT_BYTES = 64 * 1024
 NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 """A label of RFC 1123, as Kubernetes wants node names."""
 HASH = re.compile(r"[0-9a-f]{64}")
+INSTANCE = re.compile(r"[0-9a-f]{0,64}")
 FLAG_VALUE = re.compile(r"[\x20-\x7e]{0,1024}")
 EPOCH_LIMIT = 10**6
 
@@ -77,6 +78,8 @@ def check(order: Order) -> None:
         raise DataError("an order to join needs servers and ca_hash")
     if order.k3s_version is not None and not VERSION.fullmatch(order.k3s_version):
         raise DataError(f"k3s_version is {order.k3s_version!r:.80}")
+    if not INSTANCE.fullmatch(order.instance):
+        raise DataError(f"instance is {order.instance!r:.80}")
     for flag, value in order.shared_flags.items():
         if flag not in SHARED or not FLAG_VALUE.fullmatch(value):
             raise DataError(f"shared flag {flag!r:.40} is {value!r:.80}")

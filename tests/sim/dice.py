@@ -42,6 +42,8 @@ class Fault(StrEnum):
     REIMAGE_EARLY = "machine re-imaged before the seal"
     REIMAGE_LATE = "machine re-imaged after the seal"
     CLONE = "machine cloned with its identity"
+    STRANGER = "stranger at the door"
+    FLAGS = "a flag changed that all servers share"
     RECONFIGURED = "nodes changed and the daemon started again"
     # What a machine is from the start.
     SLOW_DISK = "slow disk"

@@ -119,13 +119,16 @@ def machine_excuse(world: World, m: Computer) -> str | None:
         return "its install fails for good"
     if seal is None:
         return None
+    if m.plan.shared_flags and seal.shared_flags != m.plan.shared_flags:
+        return "a flag that all servers share is another here"
     if m.k3s.cluster not in (None, seal.ca_hash):
         return "it has data of another cluster"
     if not isinstance(nomination, Nominate) or m.k3s.cluster == seal.ca_hash:
         return None
     alive = {other.id: other for other in world.computers if other.node is not None}
     for founder in nomination.servers:
-        if founder not in alive or alive[founder].plan.install_fails_for_good:
+        plan = alive[founder].plan if founder in alive else None
+        if plan is None or plan.install_fails_for_good or plan.shared_flags != seal.shared_flags:
             return f"the founding server {founder} cannot be prepared"
     return None
 
@@ -135,10 +138,10 @@ def machine_excuse(world: World, m: Computer) -> str | None:
 
 def told_truly(world: World, m: Computer, line: str) -> bool:
     """Whether a line names a reason that the world bears out."""
-    for pattern, holds in LINES:
-        if found := re.search(pattern, line):
-            return holds(world, m, found)
-    return False
+    return any(
+        (found := re.search(pattern, line)) is not None and holds(world, m, found)
+        for pattern, holds in LINES
+    )
 
 
 def _counts(world: World, m: Computer, found: re.Match[str]) -> bool:
@@ -191,6 +194,10 @@ def _starting(world: World, m: Computer, found: re.Match[str]) -> bool:
     return not m.k3s.ready
 
 
+def _flags(world: World, m: Computer, found: re.Match[str]) -> bool:
+    return bool(m.plan.shared_flags)
+
+
 def _applying(world: World, m: Computer, found: re.Match[str]) -> bool:
     return m.applying or m.waiting_order is not None
 
@@ -216,6 +223,7 @@ LINES: tuple[tuple[str, Callable[[World, Computer, re.Match[str]], bool]], ...] 
     (r"no server can be reached|to hand out the registration address", _lost_cluster),
     (r"a machine that may be a server: all here", _unable_init),
     (r"^K3s on this machine to be ready", _starting),
+    (r"cluster-cidr is 10.99.0.0/16 here but (\S+|not set) in the cluster", _flags),
     (r"k3sagentd-apply to take the order", _applying),
     (r"^(\S+) to start the cluster|^another attempt of|ranks first, to be nominated", _trying),
     (r"^init: |^stand-down: ", _trying),

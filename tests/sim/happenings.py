@@ -7,7 +7,7 @@ import itertools
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from k3sagentd.core.events import AddressChanged
+from k3sagentd.core.events import AddressChanged, PeerRefused
 from k3sagentd.core.words import NodeId
 from tests.sim import root
 from tests.sim.computer import Computer, K3s
@@ -81,6 +81,15 @@ def _strike_running(world: World, m: Computer, what: Happening) -> bool:
             world.at(what.for_s, _disk_mended, m)
         case Fault.ADDRESS:
             _address(world, m, what)
+        case Fault.STRANGER:
+            reason = "the certificate is of another site"
+            now_s = m.clock(world.now_s)
+            world.feed(m, PeerRefused(now_s=now_s, address="10.9.9.9", reason=reason))
+        case Fault.FLAGS:
+            m.plan = replace(m.plan, shared_flags={"cluster-cidr": "10.99.0.0/16"})
+            world.stop_daemon(m)
+            root.dies(world, m)
+            world.at(1.0, world.start_daemon, m)
         case Fault.K3S_DIES:
             if not m.k3s.running:
                 return False

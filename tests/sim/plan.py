@@ -131,6 +131,7 @@ USUAL = (
     Fault.CLOCK_JUMP,
     Fault.ADDRESS,
     Fault.K3S_DIES,
+    Fault.STRANGER,
 )
 """Happenings of which a storm may have any number."""
 RARE = (
@@ -140,6 +141,7 @@ RARE = (
     Fault.REIMAGE_LATE,
     Fault.CLONE,
     Fault.RECONFIGURED,
+    Fault.FLAGS,
 )
 """Happenings of which a run has one or two: each costs a voter."""
 TRAITS = (

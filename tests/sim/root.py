@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from tests.sim.world import World
 
 PROBED = (NodePhase.INITIALISING, NodePhase.JOINING, NodePhase.READY, NodePhase.FAILED)
-POLL_S = 0.25
-"""``daemon.drive.RESULT_POLL_S``."""
 RESTART_S = 5.0
 """RestartSec of K3s's unit."""
 
@@ -32,9 +30,6 @@ DONE: Verdict = (Outcome.DONE, None)
 def take(world: World, m: Computer, order: Order) -> None:
     """An order was written: ``apply`` starts, or takes it when it is done with the last."""
     m.waiting_order = order
-    if m.result is not None and m.result.order == order:
-        # The same words as before a restart of the daemon: the old answer is still there.
-        world.at(POLL_S, look, world, m, m.process)
     if not m.applying:
         _begin(world, m)
 

@@ -32,6 +32,7 @@ class Outcome:
     faults: Counter[Fault] = field(default_factory=Counter)
     transitions: Counter[str] = field(default_factory=Counter)
     inputs: Counter[str] = field(default_factory=Counter)
+    states: set[tuple[object, ...]] = field(default_factory=set)
     struck: tuple[tuple[Fault, tuple[int, ...]], ...] = ()
     story: list[str] = field(default_factory=list)
 
@@ -61,6 +62,7 @@ def run(plan: Plan, *, told: bool = False) -> Outcome:
     outcome.struck = tuple(world.dice.struck)
     outcome.faults = world.happened + counted(world.dice.struck)
     outcome.transitions, outcome.inputs = world.transitions, world.inputs
+    outcome.states = world.states
     outcome.story = world.story or []
     return outcome
 

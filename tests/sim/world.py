@@ -57,6 +57,27 @@ VALID_S = tuple(
 """The span of wall clock in which a certificate is valid."""
 
 
+def abstract(m: Computer) -> tuple[object, ...]:
+    """What state a node is in, without ids, times and ballots: for counting how many were seen."""
+    node = m.node
+    assert node is not None
+    order = node.drive.order
+    return (
+        node.phase,
+        len(node.log),
+        node.durable.acceptor.promised is not None,
+        node.durable.acceptor.accepted is not None,
+        type(node.proposal),
+        node.durable.muted is not None,
+        node.durable.started_epoch,
+        order.action if order else None,
+        node.drive.outcome,
+        node.k3s.ready,
+        m.k3s.store,
+        len(node.up),
+    )
+
+
 class World:
     """The site, its wire and its time."""
 
@@ -70,6 +91,7 @@ class World:
         self.happened: Counter[Fault] = Counter()
         self.transitions: Counter[str] = Counter()
         self.inputs: Counter[str] = Counter()
+        self.states: set[tuple[object, ...]] = set()
         self.computers: list[Computer] = []
         self.cuts: dict[int, frozenset[tuple[int, int]]] = {}
         self.promise = Promise(self)
@@ -329,6 +351,7 @@ class World:
         kind = event.message if isinstance(event, MessageReceived) else event
         self.inputs[type(kind).__name__] += 1
         m.node, effects = machine.step(m.node, event)
+        self.states.add(abstract(m))
         self._carry_out(m, effects, 0)
 
     def _drain(self, m: Computer) -> None:
@@ -387,6 +410,7 @@ class World:
         if m.disk_full:
             failed = PersistFailed(now_s=m.clock(self.now_s), reason="No space left on device")
             m.held = True
+            self.inputs["PersistFailed"] += 1
             m.node, more = machine.step(m.node, failed)
             self.at(PERSIST_RETRY_S, self._retry, m, m.process, (*effects, *more), index)
             return False

@@ -57,6 +57,7 @@ def test_an_order_is_taken_once(paths: Paths) -> None:
         {"shared_flags": {"kubelet-arg": "x"}},
         {"shared_flags": {"disable": "a\nb"}},
         {"epoch": -1},
+        {"instance": "../x"},
     ],
 )
 def test_bad_fields_are_refused_and_the_order_is_gone(paths: Paths, change: dict) -> None:
