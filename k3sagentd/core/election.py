@@ -176,7 +176,8 @@ def on_reject(turn: Turn, sender: NodeId, message: Reject) -> None:
     ours = proposal is not None and _ours(proposal, message)
     if message.log_length < len(node.log):
         turn.send(sender, chosen_from(node, message.log_length))
-        if ours and isinstance(proposal, Preparing):
+        if ours and isinstance(proposal, Preparing) and sender not in proposal.helped:
+            turn.set(proposal=replace(proposal, helped=proposal.helped | {sender}))
             turn.send(sender, _prepare(node, proposal))
     if proposal is None or not ours:
         return

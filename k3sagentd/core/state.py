@@ -107,6 +107,8 @@ class Preparing:
     promises: Mapping[NodeId, Proposal | None]
     grace_until_s: float
     deadline_s: float
+    helped: frozenset[NodeId] = frozenset()
+    """Who was behind, was told what is chosen, and was asked again: once, or it never ends."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -77,14 +77,13 @@ def _discovering(node: Node, now_s: float) -> str:
 
 
 def _electing(node: Node, now_s: float) -> str:
-    differs = guards.misconfigured(node)
+    reason = guards.misconfigured(node) or node.last_reject
+    why = f" ({reason})" if reason else ""
     match node.proposal:
         case Preparing(promises=promises):
-            line = f"promises: {len(promises)} of {node.nodes} so far, {node.quorum} needed"
-            return f"{line} ({differs})" if differs else line
+            return f"promises: {len(promises)} of {node.nodes} so far, {node.quorum} needed{why}"
         case Accepting(accepted=accepted):
-            line = f"votes: {len(accepted)} of {node.nodes} so far, {node.quorum} needed"
-            return f"{line} ({differs})" if differs else line
+            return f"votes: {len(accepted)} of {node.nodes} so far, {node.quorum} needed{why}"
         case None:
             pass
     order = ranking.ranked(node, (own_hello(node), *node.up))
@@ -95,7 +94,6 @@ def _electing(node: Node, now_s: float) -> str:
         name = node.name_of(order[0].node)
         why = node.log[-1].reason
         return f"another attempt of {name} in {duration(left_s)}; the last was given up: {why}"
-    reason = differs or node.last_reject
     again = f" (last time: {reason})" if reason else ""
     return f"{node.name_of(order[0].node)}, which ranks first, to be nominated{again}"
 
@@ -126,7 +124,9 @@ def _initialising(node: Node, now_s: float) -> str:
     if node.drive.order is None and not drive.may_initialise(node):
         return guards.quorum_missing(node) or "the newest entries of the bootstrap log"
     if reason := drive.init_failure(node, now_s):
-        return f"{node.quorum} of {node.nodes} to abandon this node: {reason}"
+        missing = guards.quorum_missing(node)
+        line = f"{node.quorum} of {node.nodes} to abandon this node: {reason}"
+        return f"{line}; {missing}" if missing else line
     if trouble := guards.disagreement(node):
         return f"a quorum to seal the cluster; its own vote waits: {trouble}"
     if node.durable.muted:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -11,11 +12,10 @@ from k3sagentd.core import status
 from k3sagentd.core.drive import FOR_GOOD_RETRY_S, ORDER_TIMEOUT_S
 from k3sagentd.core.k3s import Datastore
 from k3sagentd.core.log import Nominate, Seal
-from k3sagentd.core.paxos import quorum
 from k3sagentd.core.words import NodePhase, Role
 from tests.sim.computer import Computer
 from tests.sim.dice import Fault
-from tests.sim.promise import BrokenError
+from tests.sim.promise import BrokenError, majority
 
 if TYPE_CHECKING:
     from tests.sim.world import World
@@ -36,6 +36,7 @@ def patience_s(world: World) -> float:
 
 def judge(world: World) -> None:
     """Raise where a machine is not ready that must be, or says what is not true."""
+    _clones_are_muted(world)
     if world.promise.outside is not None:
         return
     spread_s = max(m.boot_s for m in world.plan.machines)
@@ -63,6 +64,15 @@ def _has_its_servers(world: World) -> None:
     found = len(nomination.servers) if isinstance(nomination, Nominate) else 0
     if found != wanted:
         raise BrokenError("a quiet site has its servers", f"{found} of {wanted}")
+
+
+def _clones_are_muted(world: World) -> None:
+    """Two live machines of one identity have found out."""
+    for a, b in itertools.combinations(world.computers, 2):
+        if a.id == b.id and a.node and b.node and world.linked(a, b):
+            muted = a.node.durable.muted and b.node.durable.muted
+            if not muted:
+                raise BrokenError("clones stop voting", f"{a.name} and {b.name} are {a.id}")
 
 
 # --- who need not be ready --------------------------------------------------------------------
@@ -93,15 +103,16 @@ def site_excuse(world: World, running: list[Computer]) -> str | None:
     clusters = {m.k3s.cluster for m in running if m.k3s.cluster and m.k3s.origin is None}
     if len(clusters) > 1:
         return "two clusters"
-    if len({m.node.nodes for m in running if m.node}) > 1:
-        return "nodes differ"
+    nodes = max((m.node.nodes for m in running if m.node), default=0)
+    others = [m for m in running if m.node and m.node.nodes != nodes]
+    if any(m.node and m.node.durable.nodes is not None for m in others):
+        return "nodes differ, and votes were cast"
     if len({m.plan.servers for m in running}) > 1:
         return "servers differ"
-    nodes = next(m.node.nodes for m in running if m.node) if running else 0
     if len(running) > nodes and not any(m.node and m.node.log for m in running):
         return "more machines than nodes"
-    voters = [m for m in running if m.node and m.node.durable.muted is None]
-    if len(voters) < quorum(nodes):
+    voters = [m for m in running if m.node and m.node.durable.muted is None and m not in others]
+    if len(voters) < majority(nodes):
         return f"{len(voters)} voters of {nodes}"
     if not any(able(world, m) for m in voters):
         return NOBODY_CAN
@@ -156,14 +167,9 @@ def _too_few_voters(world: World, m: Computer, found: re.Match[str]) -> bool:
 
 
 def _differ(world: World, m: Computer, found: re.Match[str]) -> bool:
-    assert m.node is not None
-    mine = {"nodes": m.node.nodes, "servers": m.plan.servers}[found[1]]
-    theirs = {
-        {"nodes": c.node.nodes, "servers": c.plan.servers}[found[1]]
-        for c in world.computers
-        if c.node is not None
-    }
-    return int(found[2]) == mine and int(found[3]) in theirs and found[2] != found[3]
+    set_to = {"nodes": set[int](), "servers": {c.plan.servers for c in world.computers if c.node}}
+    set_to["nodes"] = {c.node.nodes for c in world.computers if c.node}
+    return {int(found[2]), int(found[3])} <= set_to[found[1]] and found[2] != found[3]
 
 
 def _crowd(world: World, m: Computer, found: re.Match[str]) -> bool:

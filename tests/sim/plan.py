@@ -203,6 +203,22 @@ def draw(seed: int) -> Plan:
     return replace(plan, happenings=tuple(sorted(happenings, key=lambda h: h.at_s)))
 
 
+def focused(seed: int, focus: tuple[Fault, ...]) -> Plan:
+    """The plan of a seed with more of some faults, early: to look closely at one corner."""
+    plan = draw(seed)
+    chance = random.Random(-seed - 1)
+    plan = replace(plan, storm_s=max(plan.storm_s, 20.0))
+    rates, happenings = dict(plan.rates), list(plan.happenings)
+    for fault in focus:
+        if fault in WEATHER:
+            rates[fault] = WEATHER[fault] * chance.random()
+            continue
+        several = [_happening(fault, plan, chance) for _ in range(chance.randint(1, 3))]
+        happenings += [replace(each, at_s=chance.uniform(0, 8)) for each in several]
+    happenings.sort(key=lambda h: h.at_s)
+    return replace(plan, rates=rates, happenings=tuple(happenings))
+
+
 def _happening(fault: Fault, plan: Plan, chance: random.Random) -> Happening:
     count = len(plan.machines)
     numbers = list(range(count))

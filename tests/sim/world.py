@@ -36,7 +36,7 @@ from tests.sim.computer import Computer, K3s
 from tests.sim.dice import Dice, Fault
 from tests.sim.disk import WRITE_ATOMICALLY, Disk
 from tests.sim.plan import MachinePlan, Plan
-from tests.sim.promise import Promise
+from tests.sim.promise import BrokenError, Promise
 
 PUBLISH_S = 0.05
 """``daemon.run.ANNOUNCE_DELAY_S``."""
@@ -46,6 +46,8 @@ HELD_WATCH_S = 65.0
 """A stopped process: its kernel keeps the connection up until the watch is over."""
 PERSIST_RETRY_S = 2.0
 OUTBOX_LIMIT = 256
+STEPS_LIMIT = 500_000
+"""Events of a run: thirty times what fifty machines need."""
 LATE_S = 20.0
 """How late a message may be."""
 PHASES = frozenset(map(str, NodePhase))
@@ -348,6 +350,8 @@ class World:
             m.inbox.append(event)
             return
         self.steps += 1
+        if self.steps > STEPS_LIMIT:
+            raise BrokenError("a site falls silent", f"{self.steps} events")
         kind = event.message if isinstance(event, MessageReceived) else event
         self.inputs[type(kind).__name__] += 1
         m.node, effects = machine.step(m.node, event)

@@ -1,0 +1,420 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``make planted``: faults that are put into the product on purpose; the simulator must find each.
+
+In the spirit of mutation testing (DeMillo, Lipton and Sayward 1978): a checker that has never been
+seen to fail is not known to check. A fault is one or two edits of the source, applied to the code
+of a running process and gone with it. Those marked (found) are the simulator's own finds, planted
+again.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from types import FunctionType
+from typing import Any
+
+from tests.sim.dice import Fault
+from tests.sim.plan import Plan, draw, focused
+from tests.sim.run import run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edit:
+    """Replaces ``old`` by ``new`` within one function of a module."""
+
+    where: str
+    """``module:function`` or ``module:Class.method``."""
+    old: str
+    new: str
+
+
+def plant(edits: tuple[Edit, ...]) -> None:
+    """Edit the functions that run, wherever they were imported to."""
+    sources: dict[str, str] = {}
+    for edit in edits:
+        name = edit.where.partition(":")[0]
+        source = sources.get(name) or Path(str(import_module(name).__file__)).read_text()
+        assert source.count(edit.old) == 1, f"{edit.where}: {edit.old!r} is not there once"
+        sources[name] = source.replace(edit.old, edit.new)
+    for edit in edits:
+        name, _, path = edit.where.partition(":")
+        module = import_module(name)
+        # Classes of the edited copy are not used; only a function's code is taken from it.
+        copy: dict[str, Any] = {"__name__": f"planted.{name}"}
+        sys.modules[f"planted.{name}"] = module
+        exec(compile(sources[name], str(module.__file__), "exec"), copy)
+        target, edited = _function(vars(module), path), _function(copy, path)
+        target.__code__ = edited.__code__
+
+
+def _function(names: Any, path: str) -> FunctionType:
+    first, _, rest = path.partition(".")
+    found = names[first]
+    if rest:
+        found = vars(found)[rest]
+        found = found.fget if isinstance(found, property) else found
+    assert isinstance(found, FunctionType), path
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planted:
+    """One fault, and within how many runs it must be caught."""
+
+    name: str
+    edits: tuple[Edit, ...]
+    runs: int
+    focus: tuple[Fault, ...] = ()
+    """Faults that its runs have more of; empty: the runs are those of ``make sim``."""
+
+
+def _plant(
+    name: str, runs: int, *edits: tuple[str, str, str], focus: tuple[Fault, ...] = ()
+) -> Planted:
+    return Planted(
+        name=name,
+        runs=runs,
+        focus=focus,
+        edits=tuple(Edit(where=where, old=old, new=new) for where, old, new in edits),
+    )
+
+
+CORE = "k3sagentd.core"
+NEVER = "if False:"
+
+FAULTS = (
+    # --- the disk
+    _plant(
+        "answers before the fsync",
+        50,
+        (
+            f"{CORE}.machine:step",
+            "return turn.node, tuple(turn.effects)",
+            'late = sorted(turn.effects, key=lambda e: type(e).__name__ == "Persist")\n'
+            "    return turn.node, tuple(late)",
+        ),
+    ),
+    _plant(
+        "renames before the data is synced",
+        50,
+        ("tests.sim.disk:Disk.save", "self._synced = True", "pass"),
+    ),
+    _plant(
+        "does not sync the directory after the rename",
+        50,
+        (
+            "tests.sim.disk:Disk.save",
+            "self.outcomes = (durable,) if self._synced else (durable, None)",
+            "pass",
+        ),
+    ),
+    _plant(
+        "votes with a damaged state",
+        300,
+        (
+            "k3sagentd.store:restore",
+            "return Durable(node=node, muted=reason), False",
+            "return Durable(node=node), False",
+        ),
+    ),
+    _plant(
+        "a muted node votes",
+        300,
+        (f"{CORE}.guards:may_not_vote", "    if node.durable.muted:", f"    {NEVER}"),
+    ),
+    _plant(
+        "a learned entry is not persisted",
+        50,
+        (
+            f"{CORE}.election:learn",
+            "turn.persist(log=node.log + fresh, acceptor=Acceptor())",
+            "turn.set(durable=replace(node.durable, log=node.log + fresh, acceptor=Acceptor()))",
+        ),
+    ),
+    _plant(
+        "the start of an epoch is not persisted",
+        50,
+        (
+            f"{CORE}.drive:_remember",
+            "turn.persist(node_name=name, started_epoch=epoch)",
+            "turn.persist(node_name=name)",
+        ),
+    ),
+    # --- the acceptor
+    _plant(
+        "the own vote is not persisted",
+        50,
+        (
+            f"{CORE}.election:_ask_to_accept",
+            "answer = answer_accept(turn, node.id, request)",
+            "answer = Accepted(decree=request.decree, ballot=request.ballot)",
+        ),
+    ),
+    _plant(
+        "accepts below its promise",
+        500,
+        (
+            f"{CORE}.paxos:accept",
+            'accepting, or None where a higher ballot has its word."""'
+            "\n    if acceptor.promised is not None and ballot < acceptor.promised:",
+            f'accepting."""\n    {NEVER}',
+        ),
+    ),
+    _plant(
+        "promises below its promise",
+        200,
+        (
+            f"{CORE}.paxos:promise",
+            'its promise, or None where a higher ballot has its word."""'
+            "\n    if acceptor.promised is not None and ballot < acceptor.promised:",
+            f'its promise."""\n    {NEVER}',
+        ),
+    ),
+    _plant(
+        "does not tell what it accepted",
+        500,
+        (f"{CORE}.election:answer_prepare", "accepted=acceptor.accepted)", "accepted=None)"),
+    ),
+    _plant(
+        "votes on an entry that is not open",
+        500,
+        (f"{CORE}.election:_refusal", "if message.decree > len(node.log):", NEVER),
+    ),
+    _plant(
+        "keeps the votes of the last entry for the next",
+        50,
+        (
+            f"{CORE}.election:learn",
+            "log=node.log + fresh, acceptor=Acceptor()",
+            "log=node.log + fresh",
+        ),
+    ),
+    _plant(
+        "votes whatever nodes the ballot counts by (found)",
+        3000,
+        (f"{CORE}.guards:counts_otherwise", "    if nodes == node.nodes:", "    if True:"),
+        focus=(Fault.RECONFIGURED, Fault.DELAY),
+    ),
+    _plant(
+        "honours a new nodes after a vote",
+        300,
+        (
+            f"{CORE}.state:Node.nodes",
+            "return self.durable.nodes if self.durable.nodes is not None else self.site.nodes",
+            "return self.site.nodes",
+        ),
+        focus=(Fault.RECONFIGURED,),
+    ),
+    _plant(
+        "votes for a new cluster though it has one",
+        1000,
+        (
+            f"{CORE}.guards:foreign_nomination",
+            "if not isinstance(value, Nominate) or mine",
+            "if mine",
+        ),
+        (
+            f"{CORE}.guards:existing_cluster",
+            "    if facts is None or facts.datastore",
+            "    return None\n    if facts is None or facts.datastore",
+        ),
+    ),
+    # --- the proposer
+    _plant(
+        "a quorum is one too small",
+        200,
+        (f"{CORE}.paxos:quorum", "return nodes // 2 + 1", "return max(1, nodes // 2)"),
+    ),
+    _plant(
+        "ignores an accepted value",
+        500,
+        (
+            f"{CORE}.election:advance",
+            "bound = paxos.constrained(proposal.promises.values())",
+            "bound = None",
+        ),
+    ),
+    _plant(
+        "takes the accepted value of the lowest ballot",
+        3000,
+        (f"{CORE}.paxos:constrained", "return max(", "return min("),
+    ),
+    _plant(
+        "uses a ballot again after a restart",
+        500,
+        (
+            f"{CORE}.election:propose",
+            "highest = max(node.highest_round, promised.round if promised else 0)",
+            "highest = node.highest_round",
+        ),
+    ),
+    _plant(
+        "counts a vote twice from one node",
+        500,
+        (
+            f"{CORE}.election:on_accepted",
+            "accepted=proposal.accepted | {sender}",
+            'accepted=proposal.accepted | {f"{sender} {len(proposal.accepted)}"}',
+        ),
+    ),
+    _plant(
+        "counts votes of its other ballots",
+        500,
+        (
+            f"{CORE}.election:_ours",
+            "return message.decree == proposal.decree and message.ballot == proposal.ballot",
+            "return message.decree == proposal.decree",
+        ),
+        focus=(Fault.DELAY, Fault.DUPLICATE, Fault.LOSS),
+    ),
+    # --- the lifecycle
+    _plant(
+        "prepares K3s before the seal",
+        50,
+        (
+            f"{CORE}.drive:run",
+            "        case NodePhase.JOINING:\n            _join(turn)",
+            "        case NodePhase.WAITING:\n            _ensure(turn, Action.PREPARE)\n"
+            "        case NodePhase.JOINING:\n            _join(turn)",
+        ),
+    ),
+    _plant(
+        "stands down from a sealed epoch",
+        50,
+        (
+            f"{CORE}.log:is_abandoned",
+            "return outcome < len(log) and isinstance(log[outcome], Abandon)",
+            "return outcome < len(log)",
+        ),
+    ),
+    _plant(
+        "stands down on another epoch's abandonment",
+        500,
+        (
+            f"{CORE}.drive:must_stand_down",
+            "log.is_abandoned(node.log, started)",
+            "bool(log.abandonments(node.log))",
+        ),
+    ),
+    _plant(
+        "initialises in the epoch of another (found)",
+        4000,
+        (f"{CORE}.drive:may_initialise", "    if not node.is_init:", f"    {NEVER}"),
+        (
+            f"{CORE}.lifecycle:is_nominated_elsewhere",
+            "return turn.node.nomination is not None and not turn.node.is_init",
+            "return turn.node.nomination is not None and not (\n"
+            "        turn.node.is_init or turn.node.phase is P.INITIALISING\n    )",
+        ),
+    ),
+    _plant(
+        "a cluster that was there loses its claim once started (found)",
+        3000,
+        (
+            f"{CORE}.guards:existing_cluster",
+            "    if facts is None or facts.datastore",
+            "    if node.durable.started_epoch is not None:\n        return None\n"
+            "    if facts is None or facts.datastore",
+        ),
+    ),
+    _plant(
+        "does not notice its clone",
+        500,
+        (f"{CORE}.machine:_on_hello", "if hello.instance != node.site.instance:", NEVER),
+        (f"{CORE}.machine:_on_hello", "if flips >= FLIPS_OF_CLONES:", NEVER),
+    ),
+    # --- that it finishes, and says what it waits for
+    _plant(
+        "takes an old hello for a new one",
+        500,
+        (
+            f"{CORE}.machine:_on_hello",
+            "older = hello.instance == before.hello.instance and",
+            "older = False and",
+        ),
+    ),
+    _plant(
+        "learns from who counts by another nodes (found)",
+        500,
+        (
+            f"{CORE}.election:learn",
+            "if message.first > len(node.log) or (message.nodes != node.nodes and not sealed):",
+            "if message.first > len(node.log):",
+        ),
+    ),
+    _plant(
+        "is due by one sum and not by the other (found)",
+        1000,
+        (
+            f"{CORE}.drive:_ask",
+            "if turn.now_s < node.drive.asked_s + ASK_S:",
+            "if turn.now_s - node.drive.asked_s < ASK_S:",
+        ),
+    ),
+    _plant(
+        "an order that was lost is not given again",
+        500,
+        (
+            f"{CORE}.drive:order_due_s",
+            "        return drive.ordered_s + ORDER_TIMEOUT_S",
+            "        return None",
+        ),
+    ),
+    _plant(
+        "an init node that cannot vote keeps its epoch (found)",
+        1000,
+        (f"{CORE}.state:Peer.able", "return self.up and self.hello.may_vote", "return self.up"),
+    ),
+    _plant(
+        "nominates the one that failed again and again (found)",
+        1000,
+        (f"{CORE}.ranking:ranked", "failed[hello.node],", "failed[hello.node] > 0,"),
+    ),
+    _plant(
+        "says a number that is not true",
+        200,
+        (
+            f"{CORE}.guards:quorum_missing",
+            'return f"{node.seen} of {node.nodes} machines here, {node.quorum} must agree"',
+            'return f"{node.seen + 1} of {node.nodes} machines here, {node.quorum} must agree"',
+        ),
+    ),
+)
+
+
+def hunt(fault: Planted) -> tuple[Plan | None, str]:
+    """Plant a fault in this process and run until it shows: the run, and what it broke."""
+    plant(fault.edits)
+    for seed in range(fault.runs):
+        plan = focused(seed, fault.focus) if fault.focus else draw(seed)
+        outcome = run(plan)
+        if outcome.failed:
+            return plan, str(outcome.broken or repr(outcome.crash))
+    return None, ""
+
+
+def main() -> int:
+    """Exit code 1 where one was not caught."""
+    wanted = [fault for fault in FAULTS if len(sys.argv) < 2 or sys.argv[1] in fault.name]
+    caught = 0
+    # A process for each: what is planted in it dies with it.
+    with multiprocessing.Pool(len(os.sched_getaffinity(0)), maxtasksperchild=1) as pool:
+        for fault, (plan, how) in zip(wanted, pool.imap(hunt, wanted, chunksize=1), strict=True):
+            verdict = "NOT CAUGHT"
+            if plan is not None:
+                verdict = f"run {plan.seed + 1} of {fault.runs}: {how:.110}"
+                if run(plan).failed:  # this process has no fault in it
+                    verdict = f"NOT CAUGHT: run {plan.seed + 1} fails without it as well"
+            caught += not verdict.startswith("NOT")
+            print(f"{fault.name:62} {verdict}", flush=True)
+    print(f"{caught} of {len(wanted)} caught")
+    return int(caught != len(wanted))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
