@@ -315,7 +315,9 @@ def learn(turn: Turn, message: Learned, *, announce: bool = False) -> None:
     last = message.first + len(message.entries) - 1
     if message.votes is not None:
         votes[last] = message.votes
-    turn.persist(log=node.log + fresh, acceptor=Acceptor())
+    # What was learned was counted by somebody's nodes: from here on we count alike.
+    nodes = message.nodes if node.durable.nodes is None else node.durable.nodes
+    turn.persist(log=node.log + fresh, acceptor=Acceptor(), nodes=nodes)
     turn.set(
         proposal=None,
         failures=0,

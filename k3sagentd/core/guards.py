@@ -33,14 +33,18 @@ def quorum_missing(node: Node) -> str | None:
     """Too few machines here to agree on anything."""
     if node.seen < node.quorum:
         return f"{node.seen} of {node.nodes} machines here, {node.quorum} must agree"
-    unable = [hello.node for hello in node.up if not hello.may_vote]
-    unable += [node.id] if node.durable.muted else []
-    if node.seen - len(unable) >= node.quorum:
+    unable = [node.name_of(node.id)] if node.durable.muted else []
+    for hello in node.up:
+        if hello.nodes != node.nodes:
+            unable.append(f"{node.name_of(hello.node)} (nodes is {hello.nodes} there)")
+        elif not hello.may_vote:
+            unable.append(node.name_of(hello.node))
+    able = node.seen - len(unable)
+    if able >= node.quorum:
         return None
-    names = ", ".join(node.name_of(each) for each in unable)
     return (
-        f"{node.seen - len(unable)} of {node.nodes} machines here may vote, {node.quorum} must "
-        f"agree; not {names}"
+        f"{able} of {node.nodes} machines here may vote, {node.quorum} must agree; "
+        f"not {', '.join(unable)}"
     )
 
 

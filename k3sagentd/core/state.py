@@ -48,7 +48,7 @@ class Durable:
 
     node: NodeId
     nodes: int | None = None
-    """``nodes`` as it was at the first vote."""
+    """``nodes`` as it was at the first vote or the first learned entry."""
     log: Log = ()
     acceptor: Acceptor = field(default_factory=Acceptor)
     """The votes for decree ``len(log)``, the one that is open."""
@@ -203,7 +203,7 @@ class Node:
 
     @property
     def nodes(self) -> int:
-        """The number of voters: frozen with the first vote."""
+        """The number of voters: frozen as soon as the bootstrap log is not empty."""
         return self.durable.nodes if self.durable.nodes is not None else self.site.nodes
 
     @property

@@ -162,8 +162,12 @@ def _counts(world: World, m: Computer, found: re.Match[str]) -> bool:
 
 
 def _too_few_voters(world: World, m: Computer, found: re.Match[str]) -> bool:
-    able_ids = {c.id for c in world.computers if c.node and c.node.durable.muted is None}
-    return len(able_ids) == int(found[1]) < int(found[3])
+    voters = {
+        c.id
+        for c in world.computers
+        if c.node and m.node and c.node.durable.muted is None and c.node.nodes == m.node.nodes
+    }
+    return len(voters) == int(found[1]) < int(found[3])
 
 
 def _differ(world: World, m: Computer, found: re.Match[str]) -> bool:

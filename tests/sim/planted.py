@@ -132,7 +132,7 @@ FAULTS = (
         50,
         (
             f"{CORE}.election:learn",
-            "turn.persist(log=node.log + fresh, acceptor=Acceptor())",
+            "turn.persist(log=node.log + fresh, acceptor=Acceptor(), nodes=nodes)",
             "turn.set(durable=replace(node.durable, log=node.log + fresh, acceptor=Acceptor()))",
         ),
     ),
@@ -261,16 +261,6 @@ FAULTS = (
             "accepted=proposal.accepted | {sender}",
             'accepted=proposal.accepted | {f"{sender} {len(proposal.accepted)}"}',
         ),
-    ),
-    _plant(
-        "counts votes of its other ballots",
-        500,
-        (
-            f"{CORE}.election:_ours",
-            "return message.decree == proposal.decree and message.ballot == proposal.ballot",
-            "return message.decree == proposal.decree",
-        ),
-        focus=(Fault.DELAY, Fault.DUPLICATE, Fault.LOSS),
     ),
     # --- the lifecycle
     _plant(
