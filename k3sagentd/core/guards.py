@@ -174,11 +174,25 @@ def keeps_the_init_node(
 
 
 def foreign_nomination(node: Node, value: Value) -> str | None:
-    """Why an acceptor refuses a nomination: its own disk says that there is a cluster already."""
+    """Why an acceptor refuses a nomination: a cluster is there already, and not on that node.
+
+    What it accepted before it knew of the cluster it may accept again: it may be chosen.
+    """
+    if not isinstance(value, Nominate):
+        return None
     mine = existing_cluster(node)
-    if not isinstance(value, Nominate) or mine is None or value.init == node.id:
+    there = {hello.existing: hello.node for hello in node.up if hello.existing is not None}
+    accepted = node.durable.acceptor.accepted
+    if mine is not None:
+        there = {mine: node.id}
+    elif accepted is not None and accepted.value == value:
         return None
     init = node.peers.get(value.init)
-    if init is not None and init.hello.existing == mine:
+    claim = mine if value.init == node.id else init.hello.existing if init else None
+    if not there or claim in there:
         return None
-    return f"has K3s data of a cluster ({_cluster(mine)}) that the nominated node has not"
+    cluster, holder = next(iter(there.items()))
+    return (
+        f"{node.name_of(holder)} has K3s data of a cluster ({_cluster(cluster)}) that the "
+        "nominated node has not"
+    )

@@ -188,6 +188,10 @@ def _clusters(world: World, m: Computer, found: re.Match[str]) -> bool:
     return len({c.k3s.cluster for c in world.computers if c.node and c.k3s.cluster}) > 1
 
 
+def _owner(world: World, m: Computer, found: re.Match[str]) -> bool:
+    return any(c.k3s.cluster and c.k3s.origin is None for c in world.computers if c.node)
+
+
 def _hopeless(world: World, m: Computer, found: re.Match[str]) -> bool:
     return m.plan.install_fails_for_good or m.k3s.store is not Datastore.NONE
 
@@ -227,6 +231,7 @@ LINES: tuple[tuple[str, Callable[[World, Computer, re.Match[str]], bool]], ...] 
     (r"(nodes|servers) is (\d+) here but (\d+) on", _differ),
     (r"(\d+) machines here but nodes is (\d+);", _crowd),
     (r"its votes are lost|another live machine has this node's identity", _muted),
+    (r"has K3s data of a cluster \(CA", _owner),
     (r"two clusters under one token|data of another cluster", _clusters),
     (r"the memory cgroup is off|single-node cluster of its own|the data of", _hopeless),
     (r"^(.+) to be prepared \(servers join when all are\)", _unprepared),
