@@ -8,7 +8,7 @@ VENV    = build/venv
 RUNTIME = python3 python3-zeroconf python3-ifaddr python3-aiohttp python3-cryptography \
           python3-systemd python3-yaml
 LAB     = $(RUNTIME) etcd-server iproute2 nftables util-linux
-TEST    = $(LAB) python3-pytest faketime avahi-daemon openssl
+TEST    = $(LAB) python3-pytest etcd-client faketime avahi-daemon openssl strace
 LINT    = $(TEST) python3-venv python3-pip
 install = dpkg -s $(1) >/dev/null 2>&1 || { apt-get update -q && \
           DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends $(1); }

@@ -59,6 +59,8 @@ def must_stand_down(node: Node) -> bool:
 def init_failure(node: Node, now_s: float) -> str | None:
     """Why this init node will not make the cluster; None while there is hope."""
     drive = node.drive
+    if elsewhere := guards.cluster_elsewhere(node):
+        return elsewhere
     if node.k3s.ready or drive.order is None or drive.order.action is not Action.INIT:
         return None
     reason = drive.result.reason if drive.result else None
@@ -158,7 +160,7 @@ def may_initialise(node: Node) -> bool:
 
     To seal it needs the quorum anyway; and whoever was away may have been abandoned meanwhile.
     """
-    if not node.is_init:
+    if not node.is_init or guards.cluster_elsewhere(node) is not None:
         return False
     if node.durable.forced:
         return True

@@ -174,25 +174,25 @@ def keeps_the_init_node(
 
 
 def foreign_nomination(node: Node, value: Value) -> str | None:
-    """Why an acceptor refuses a nomination: a cluster is there already, and not on that node.
-
-    What it accepted before it knew of the cluster it may accept again: it may be chosen.
-    """
-    if not isinstance(value, Nominate):
-        return None
+    """Why an acceptor refuses a nomination: its own disk says that there is a cluster already."""
     mine = existing_cluster(node)
-    there = {hello.existing: hello.node for hello in node.up if hello.existing is not None}
-    accepted = node.durable.acceptor.accepted
-    if mine is not None:
-        there = {mine: node.id}
-    elif accepted is not None and accepted.value == value:
+    if not isinstance(value, Nominate) or mine is None or value.init == node.id:
         return None
     init = node.peers.get(value.init)
-    claim = mine if value.init == node.id else init.hello.existing if init else None
-    if not there or claim in there:
+    if init is not None and init.hello.existing == mine:
         return None
-    cluster, holder = next(iter(there.items()))
-    return (
-        f"{node.name_of(holder)} has K3s data of a cluster ({_cluster(cluster)}) that the "
-        "nominated node has not"
-    )
+    return f"has K3s data of a cluster ({_cluster(mine)}) that the nominated node has not"
+
+
+def cluster_elsewhere(node: Node) -> str | None:
+    """Why an init node gives its epoch up: another machine has a cluster, and it has none.
+
+    Acceptors that see such a machine must not refuse for that: a value that some accepted may be
+    chosen, and who has to propose it again would be refused for ever.
+    """
+    if existing_cluster(node) is not None or node.seal is not None:
+        return None
+    for hello in node.up:
+        if hello.existing is not None:
+            return f"{node.name_of(hello.node)} has K3s data of a cluster already"
+    return None

@@ -259,10 +259,10 @@ def _plan(node: Node, now_s: float) -> tuple[float, Intent, Seal | Abandon | Non
         at_s = node.phase_since_s + turn_of * election.STAGGER_S + election.pause_s(node)
         return max(at_s, earliest_s), Intent.NOMINATE, None
     if node.is_init:
-        if seal := drive.own_seal(node):
-            return earliest_s, Intent.SEAL, seal
         if reason := drive.init_failure(node, now_s):
             return earliest_s, Intent.ABANDON, Abandon(reason=reason)
+        if seal := drive.own_seal(node):
+            return earliest_s, Intent.SEAL, seal
         return None
     nomination = node.nomination
     if nomination is None:

@@ -109,7 +109,7 @@ def site_excuse(world: World, running: list[Computer]) -> str | None:
         return "nodes differ, and votes were cast"
     if len({m.plan.servers for m in running}) > 1:
         return "servers differ"
-    if len(running) > nodes and not any(m.node and m.node.log for m in running):
+    if len({m.id for m in running}) > nodes and not any(m.node and m.node.log for m in running):
         return "more machines than nodes"
     voters = [m for m in running if m.node and m.node.durable.muted is None and m not in others]
     if len(voters) < majority(nodes):
