@@ -4,6 +4,8 @@
 PYTHON  = /usr/bin/python3
 NODES   = 5
 SECONDS_IDLE = 300
+RUNS    = 100000
+MINUTES = 10
 VENV    = build/venv
 RUNTIME = python3 python3-zeroconf python3-ifaddr python3-aiohttp python3-cryptography \
           python3-systemd python3-yaml
@@ -13,7 +15,7 @@ LINT    = $(TEST) python3-venv python3-pip
 install = dpkg -s $(1) >/dev/null 2>&1 || { apt-get update -q && \
           DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends $(1); }
 
-.PHONY: lab test bench lint docs clean
+.PHONY: lab test sim planted exhaustive chaos bench lint docs clean
 
 lab:  ## a site of NODES machines on this one; Ctrl-C takes it down
 	@$(call install,$(LAB)) >/dev/null
@@ -22,6 +24,22 @@ lab:  ## a site of NODES machines on this one; Ctrl-C takes it down
 test:  ## every test, against Debian's own Python and packages
 	@$(call install,$(TEST)) >/dev/null
 	@$(PYTHON) -m pytest
+
+sim:  ## RUNS simulated sites on all cores (or for SECONDS, or the one of SEED with its timeline)
+	@$(call install,$(RUNTIME)) >/dev/null
+	@$(PYTHON) -m tests.sim --runs $(RUNS) $(if $(SECONDS),--seconds $(SECONDS)) $(if $(SEED),--seed $(SEED))
+
+planted:  ## faults put into the product on purpose: the simulator must catch each
+	@$(call install,$(RUNTIME)) >/dev/null
+	@$(PYTHON) -m tests.sim.planted
+
+exhaustive:  ## every run of three acceptors and two proposers, within a bound
+	@$(call install,$(RUNTIME)) >/dev/null
+	@$(PYTHON) -m tests.sim.exhaustive
+
+chaos:  ## MINUTES of cut wires, power cuts and kills over real daemons
+	@$(call install,$(TEST)) >/dev/null
+	@$(PYTHON) -m tests.lab.chaos --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
 bench:  ## figures beside their references, in build/bench.json
 	@$(call install,$(TEST)) >/dev/null

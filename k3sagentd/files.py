@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 from pathlib import Path
 
 
@@ -27,7 +26,11 @@ def write_atomically(path: Path, data: bytes, *, mode: int = 0o644, durable: boo
     With ``durable`` it has survived a power cut when this returns; without, only readers are
     protected (right for /run). Raises OSError; then ``path`` is as it was.
     """
-    fd, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    # One name for all attempts, so that a kill leaves at most one file behind, and the next attempt
+    # takes it away; made anew (O_EXCL), so that nobody else can have put something there.
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.unlink(missing_ok=True)
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         with os.fdopen(fd, "wb") as file:
             os.fchmod(file.fileno(), mode)
@@ -35,10 +38,10 @@ def write_atomically(path: Path, data: bytes, *, mode: int = 0o644, durable: boo
             file.flush()
             if durable:
                 os.fsync(file.fileno())
-        Path(temporary).rename(path)
+        temporary.rename(path)
     except BaseException:
         with contextlib.suppress(OSError):
-            Path(temporary).unlink()
+            temporary.unlink()
         raise
     if durable:
         fsync_directory(path.parent)

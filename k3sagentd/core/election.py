@@ -208,7 +208,8 @@ def advance(turn: Turn) -> None:
                 return
             value = bound.value if bound else proposal.wanted or _nomination(node, proposal)
             if value is None:
-                back_off(turn, "no machine here may be a server")
+                elsewhere = guards.cluster_elsewhere(node)
+                back_off(turn, elsewhere or "no machine here may be a server")
             else:
                 _ask_to_accept(turn, proposal, value)
             return
@@ -246,8 +247,9 @@ def _wants_founders(node: Node, proposal: Preparing) -> bool:
 def _nomination(node: Node, proposal: Preparing) -> Nominate | None:
     hellos = [hello for hello in (own_hello(node), *node.up) if hello.node in proposal.promises]
     best = [hello.node for hello in ranking.ranked(node, hellos)]
-    if not best:
-        return None
+    has = [hello.node for hello in (own_hello(node), *node.up) if hello.existing is not None]
+    if not best or (has and best[0] not in has):
+        return None  # a nomination beside a cluster that is there would only be abandoned
     founders = best[: ranking.odd(min(node.site.servers, len(best)))]
     return Nominate(init=founders[0], servers=tuple(founders))
 

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SIGKILL at each file that ``apply`` puts in place or removes, and the order given again."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from k3sagentd.core.k3s import Action, Order, Outcome, ServerOrAgent
+from k3sagentd.k3s import facts
+from k3sagentd.k3s.order import read_result, write_order
+from k3sagentd.lab import network, site
+from k3sagentd.paths import Paths
+from tests.lab.conftest import FAST, ROOT, Bench
+
+APPLY = (
+    "import sys; from pathlib import Path; from k3sagentd.k3s.apply import apply; "
+    "from k3sagentd.paths import Paths; sys.exit(apply(Paths(Path(sys.argv[1]))))"
+)
+CALLS = "rename,renameat,renameat2,unlink,unlinkat"
+"""What a step does to files ends with one of these, its report of itself included."""
+SYSTEMCTL = """#!/bin/sh
+cd {root}
+case "$1" in
+is-active) [ -e active ] && echo active || echo inactive ;;
+start|restart)
+    echo "$1" >> starts
+    touch active
+    case "$3" in
+    k3s.service) mkdir -p var/lib/rancher/k3s/server/db/etcd/member/wal ;;
+    *) mkdir -p var/lib/rancher/k3s/agent && touch var/lib/rancher/k3s/agent/client-kubelet.crt ;;
+    esac ;;
+disable) rm -f active ;;
+esac
+"""
+INSTALL = """#!/bin/sh
+mkdir -p {root}/etc/systemd/system
+touch {root}/etc/systemd/system/k3s.service {root}/etc/systemd/system/k3s-agent.service
+"""
+INIT = Order(action=Action.INIT, epoch=0, role=ServerOrAgent.SERVER, node_name="n1")
+STAND_DOWN = replace(INIT, action=Action.STAND_DOWN, epoch=2)
+
+
+class Machine:
+    """A root directory with a systemctl and an install script, on the lab's wire."""
+
+    def __init__(self, root: Path, order: Order) -> None:
+        self.paths = Paths(root)
+        self._order = order
+        paths = self.paths
+        for each in (paths.config.parent, paths.run, paths.dropin.parent, paths.k3s_data):
+            each.mkdir(parents=True)
+        paths.token.write_text(hashlib.sha256(b"t").hexdigest())
+        paths.token.chmod(0o600)
+        (root / "install.sh").write_text(INSTALL.format(root=root))
+        paths.config.write_text(f"nodes: 3\ninstall:\n  script: {root}/install.sh\n")
+        (root / "bin").mkdir()
+        (root / "bin/systemctl").write_text(SYSTEMCTL.replace("{root}", str(root)))
+        (root / "bin/systemctl").chmod(0o755)
+        (root / "starts").touch()
+        if order.action is Action.STAND_DOWN:
+            (paths.k3s_data / "server/db/etcd/member/wal").mkdir(parents=True)
+            (paths.k3s_data / facts.MARKER).write_text(json.dumps({"epoch": order.epoch}))
+            (root / "active").touch()
+
+    def apply(self, kill_at: int | None = None) -> int:
+        """Give the order and carry it out; with ``kill_at`` until that call."""
+        write_order(self.paths, self._order)
+        command = [sys.executable, "-c", APPLY, str(self.paths.root)]
+        if kill_at is not None:
+            inject = f"inject={CALLS}:signal=KILL:when={kill_at}"
+            trace = ["strace", "-qq", "-o", "/dev/null", "-e", f"trace={CALLS}", "-e", inject]
+            command = [*trace, *command]
+        # In the mount namespace that ``ip netns exec`` makes, so that it goes with the process.
+        ours = f"mount --bind {self.paths.root}/bin /usr/local/sbin"
+        done = subprocess.run(
+            [
+                *("ip", "netns", "exec", network.namespace("node2")),
+                *("sh", "-c", f'{ours} && exec "$@"', "sh", *command),
+            ],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            cwd="/",
+            capture_output=True,
+            check=False,
+            timeout=60,
+        )
+        return done.returncode
+
+    def there(self) -> dict[str, tuple[str, int, int]]:
+        """Each file of K3s, with its content, its inode and its time."""
+        found = {}
+        for top in ("etc/rancher", "var/lib/rancher"):
+            for path in sorted((self.paths.root / top).rglob("*")):
+                status = path.stat()
+                text = path.read_text() if path.is_file() else "directory"
+                name = str(path.relative_to(self.paths.root))
+                changed = 0 if path.is_dir() else status.st_mtime_ns
+                found[name] = (text.replace(str(self.paths.root), ""), status.st_ino, changed)
+        return found
+
+    def contents(self) -> dict[str, str]:
+        """The files alone."""
+        return {name: text for name, (text, _, _) in self.there().items()}
+
+    @property
+    def starts(self) -> list[str]:
+        """How K3s was started."""
+        return (self.paths.root / "starts").read_text().split()
+
+
+@pytest.fixture(scope="module")
+def orders() -> list[Order]:
+    """A site of one server to join, and a cable for the machine that is killed."""
+    site.down()
+    lab = Bench()
+    lab.run("up", "--nodes", "1", "--wait", "complete", *FAST)
+    site.load().add()
+    ca_hash = lab.views()["node1"]["site"]["ca_hash"]
+    join = Order(
+        action=Action.JOIN,
+        epoch=0,
+        role=ServerOrAgent.AGENT,
+        node_name="n2",
+        servers=(f"https://{network.address_of(1)}:6443",),
+        ca_hash=ca_hash,
+    )
+    yield [INIT, join, STAND_DOWN]
+    site.down()
+
+
+@pytest.mark.parametrize("which", range(3), ids=["init", "join", "stand-down"])
+def test_apply_is_killed_at_each_step_and_then_finishes(
+    orders: list[Order], which: int, tmp_path: Path
+) -> None:
+    order = orders[which]
+    whole = Machine(tmp_path / "whole", order)
+    assert whole.apply() == 0, read_result(whole.paths)
+    expected = whole.contents()
+    killed = 0
+    while True:
+        m = Machine(tmp_path / f"killed-{killed + 1}", order)
+        if m.apply(kill_at=killed + 1) == 0:
+            break
+        killed += 1
+        assert m.apply() == 0, f"killed at {killed}: {read_result(m.paths)}"
+        result = read_result(m.paths)
+        assert result is not None
+        assert result.outcome is Outcome.DONE
+        assert m.contents() == expected, f"killed at {killed}"
+        assert m.starts == whole.starts, f"killed at {killed}: K3s was started {m.starts}"
+        before = m.there()
+        assert m.apply() == 0
+        assert m.there() == before, f"killed at {killed}: a third run changed something"
+        assert m.starts == whole.starts
+    assert killed >= 5, "the kill did not hit"
