@@ -154,7 +154,7 @@ BEFORE_THE_SEAL = (P.DISCOVERING, P.ELECTING, P.WAITING, P.INITIALISING)
 
 TABLE: tuple[Rule, ...] = (
     _rule(
-        (*BEFORE_THE_SEAL, P.CONFLICT),
+        BEFORE_THE_SEAL,
         abandoned_here,
         P.STANDING_DOWN,
         "no one ever joined this cluster; it must be gone before the node joins another",
@@ -175,7 +175,7 @@ TABLE: tuple[Rule, ...] = (
     ),
     _rule((P.CONFLICT,), conflict_is_over, P.DISCOVERING, "one cluster is left", begin_anew),
     _rule(
-        BEFORE_THE_SEAL,
+        (P.DISCOVERING, P.WAITING, P.INITIALISING),
         is_sealed,
         P.JOINING,
         "the cluster exists; whoever is not in it yet joins it",

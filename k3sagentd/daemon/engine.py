@@ -117,20 +117,27 @@ class Engine:
     async def _step(self, event: Event) -> None:
         before = self.node
         self.node, effects = machine.step(self.node, event)
-        for effect in effects:
+        pending = deque(effects)
+        while pending:
+            effect = pending.popleft()
             if log.isEnabledFor(logging.DEBUG) and not isinstance(effect, Report):
                 log.debug("%s", effect.describe())
-            await self._do(effect)
+            pending.extend(await self._do(effect))
         if effects or _differs(before, self.node):
-            self.revision += 1
-            self._changed.set()
-            self._changed = asyncio.Event()
-            self.on_change()
+            self._tell()
 
-    async def _do(self, effect: Effect) -> None:
+    def _tell(self) -> None:
+        """There is news for whoever waits for it."""
+        self.revision += 1
+        self._changed.set()
+        self._changed = asyncio.Event()
+        self.on_change()
+
+    async def _do(self, effect: Effect) -> tuple[Effect, ...]:
+        """Carry an effect out; what follows from its failure comes after all that is held back."""
         match effect:
             case Persist(durable=durable):
-                await self._persist(durable)
+                return await self._persist(durable)
             case Send(to=to, message=message):
                 if collectors := self._replies.get(to):
                     collectors[-1].append(message)
@@ -146,10 +153,12 @@ class Engine:
                 log.info("%s", text)
             case _:
                 assert_never(effect)
+        return ()
 
-    async def _persist(self, durable: Durable) -> None:
+    async def _persist(self, durable: Durable) -> tuple[Effect, ...]:
         """Hold everything back until the disk has it; say so while it does not take it."""
         failed = False
+        later: tuple[Effect, ...] = ()
         while True:
             try:
                 loop = asyncio.get_running_loop()
@@ -159,11 +168,15 @@ class Engine:
                 if not failed:
                     reason = f"{error.strerror} ({self._state})"
                     log.error("cannot write the state: %s", reason)
-                    self.feed(PersistFailed(now_s=time.monotonic(), reason=reason))
+                    # Not by the queue: that is held back as well, until the disk takes the state.
+                    event = PersistFailed(now_s=time.monotonic(), reason=reason)
+                    self.node, later = machine.step(self.node, event)
+                    self._tell()
                     failed = True
                 await asyncio.sleep(PERSIST_RETRY_S)
         if failed:
             self.feed(PersistRecovered(now_s=time.monotonic()))
+        return later
 
 
 def _differs(before: Node, after: Node) -> bool:

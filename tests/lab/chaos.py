@@ -28,6 +28,8 @@ SETTLE_S = 300.0
 """How long the site may take once all is mended."""
 PAUSE_S = (0.5, 4.0)
 """Between two happenings."""
+HASTE_S, YOUNG_S = (0.1, 1.0), 30.0
+"""The same while the site is young: it elects and seals within seconds."""
 LAB = [sys.executable, "-m", "k3sagentd", "lab"]
 OPTIONS = ("--stand-in", "promote_s=2", "--set", "settle=1s", "--set", "abandon-after=20s")
 ETCDCTL = ("env", "ETCDCTL_API=3", "etcdctl", "-w", "json")
@@ -46,7 +48,8 @@ class Chaos:
 
     def storm(self, seconds: float) -> None:
         """Let things happen."""
-        end = time.monotonic() + seconds
+        began = time.monotonic()
+        end = began + seconds
         names = list(self._lab.machines)
         kinds = (
             *(self._power,) * 4,
@@ -65,7 +68,8 @@ class Chaos:
             with contextlib.suppress(K3sagentdError, ProcessLookupError):
                 self._chance.choice(kinds)(self._chance.choice(names))
             self.look()
-            time.sleep(self._chance.uniform(*PAUSE_S))
+            young = time.monotonic() < began + YOUNG_S
+            time.sleep(self._chance.uniform(*(HASTE_S if young else PAUSE_S)))
 
     def mend(self) -> None:
         """The storm is over."""

@@ -231,7 +231,7 @@ LINES: tuple[tuple[str, Callable[[World, Computer, re.Match[str]], bool]], ...] 
     (r"(nodes|servers) is (\d+) here but (\d+) on", _differ),
     (r"(\d+) machines here but nodes is (\d+);", _crowd),
     (r"its votes are lost|another live machine has this node's identity", _muted),
-    (r"has K3s data of a cluster \(CA", _owner),
+    (r"has K3s data of a cluster", _owner),
     (r"two clusters under one token|data of another cluster", _clusters),
     (r"the memory cgroup is off|single-node cluster of its own|the data of", _hopeless),
     (r"^(.+) to be prepared \(servers join when all are\)", _unprepared),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from k3sagentd import store
-from k3sagentd.core import machine
+from k3sagentd.core import machine, status
 from k3sagentd.core.effects import Persist, Report, Send
 from k3sagentd.core.messages import Fetch
 from k3sagentd.core.state import Durable, Site
@@ -88,9 +88,11 @@ def test_nothing_leaves_before_the_disk_has_it(tmp_path: Path, monkeypatch) -> N
 def test_a_full_disk_is_told_and_its_end_too(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("k3sagentd.daemon.engine.PERSIST_RETRY_S", 0.05)
     subject, _ = engine(tmp_path)
-    failures = [OSError(30, "Read-only file system")]
+    failures = [OSError(30, "Read-only file system")] * 2
+    said = []
 
     def save(directory: Path, durable: Durable) -> None:
+        said.append(status.waiting_for(subject.node, time.monotonic()))
         if failures:
             raise failures.pop()
 
@@ -100,5 +102,6 @@ def test_a_full_disk_is_told_and_its_end_too(tmp_path: Path, monkeypatch) -> Non
         await subject._do(Persist(durable=Durable(node=ME)))
 
     asyncio.run(run())
+    assert "a disk that takes its state: Read-only file system" in str(said[1]), said
     kinds = [type(event).__name__ for event, _ in subject._queue]
-    assert kinds == ["PersistFailed", "PersistRecovered"]
+    assert kinds == ["PersistRecovered"]
