@@ -137,6 +137,8 @@ def propose(turn: Turn, intent: Intent, wanted: Value | None) -> None:
 
 def pause_s(node: Node) -> float:
     """How long to wait with a nomination because the best machine here has failed before."""
+    if not node.log:
+        return 0.0
     best = ranking.ranked(node, (own_hello(node), *node.up))[:1]
     failures = log.abandonments(node.log)[best[0].node] if best else 0
     if failures == 0:

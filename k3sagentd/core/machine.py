@@ -135,7 +135,12 @@ def _on_hello(turn: Turn, hello: Hello) -> None:
         peer = Peer(hello=hello, up=True, heard_s=turn.now_s)
     else:
         older = hello.instance == before.hello.instance and (hello.revision < before.hello.revision)
-        peer = replace(_heard(before, turn.now_s), up=True, hello=before.hello if older else hello)
+        peer = replace(
+            before,
+            up=True,
+            heard_s=_heard_s(before, turn.now_s),
+            hello=before.hello if older else hello,
+        )
         if hello.instance != before.hello.instance:
             back = hello.instance == before.earlier_instance
             flips = before.flips + 1 if back else 0
@@ -156,16 +161,17 @@ def _on_hello(turn: Turn, hello: Hello) -> None:
         )
 
 
-def _heard(peer: Peer, now_s: float) -> Peer:
+def _heard_s(peer: Peer, now_s: float) -> float:
     """Who may not vote cannot seal either: hearing it does not keep its epoch alive."""
-    return replace(peer, heard_s=now_s) if peer.hello.may_vote else peer
+    return now_s if peer.hello.may_vote else peer.heard_s
 
 
 def _on_lost(turn: Turn, peer_id: NodeId) -> None:
     peer = turn.node.peers.get(peer_id)
     if peer is None or not peer.up:
         return
-    turn.set(peers={**turn.node.peers, peer_id: replace(_heard(peer, turn.now_s), up=False)})
+    peer = replace(peer, up=False, heard_s=_heard_s(peer, turn.now_s))
+    turn.set(peers={**turn.node.peers, peer_id: peer})
     turn.report(
         f"lost {turn.node.name_of(peer_id)} ({short(peer_id)}): "
         f"{turn.node.seen} of {turn.node.nodes} machines here"
@@ -185,8 +191,9 @@ def _catch_up(turn: Turn) -> None:
 
 def has_news(node: Node, hello: Hello) -> bool:
     """Whether a peer has entries that we would take: those of our count, or a sealed log."""
-    takes = hello.nodes == node.nodes or hello.phase in AFTER_THE_SEAL
-    return takes and hello.log_length > len(node.log)
+    if hello.log_length <= len(node.log):
+        return False
+    return hello.nodes == node.nodes or hello.phase in AFTER_THE_SEAL
 
 
 def _mute(turn: Turn, reason: str) -> None:
@@ -204,7 +211,8 @@ def _on_message(turn: Turn, sender: NodeId, message: Message) -> None:
     node = turn.node
     peer = node.peers.get(sender)
     if peer is not None and not peer.up:
-        turn.set(peers={**node.peers, sender: _heard(peer, turn.now_s)})
+        peer = replace(peer, heard_s=_heard_s(peer, turn.now_s))
+        turn.set(peers={**node.peers, sender: peer})
     match message:
         case Prepare():
             turn.send(sender, election.answer_prepare(turn, sender, message))
