@@ -69,7 +69,7 @@ def _has_its_servers(world: World) -> None:
 def _clones_are_muted(world: World) -> None:
     """Two live machines of one identity have found out."""
     for a, b in itertools.combinations(world.computers, 2):
-        if a.id == b.id and a.node and b.node and world.linked(a, b):
+        if a.id == b.id and a.node and b.node and world.network.linked(a, b):
             muted = a.node.durable.muted and b.node.durable.muted
             if not muted:
                 raise BrokenError("clones stop voting", f"{a.name} and {b.name} are {a.id}")
@@ -156,8 +156,8 @@ def told_truly(world: World, m: Computer, line: str) -> bool:
 
 
 def _counts(world: World, m: Computer, found: re.Match[str]) -> bool:
-    here = sum(1 for c in world.computers if c is m or world.linked(c, m))
-    ids = len({c.id for c in world.computers if c is m or world.linked(c, m)})
+    here = sum(1 for c in world.computers if c is m or world.network.linked(c, m))
+    ids = len({c.id for c in world.computers if c is m or world.network.linked(c, m)})
     return int(found[1]) in (here, ids) and int(found[1]) < int(found[3])
 
 

@@ -43,7 +43,7 @@ def _strike(world: World, m: Computer, what: Happening, number: int) -> bool:
         case Fault.CLOCK_JUMP:
             # Linux refuses times before 1970 (settimeofday(2)).
             m.wall_s = max(m.wall_s + what.amount, -world.now_s)
-            world.relink(m)
+            world.network.relink(m)
             return True
         case Fault.RECONFIGURED:
             m.plan = replace(m.plan, nodes=max(1, what.amount))
@@ -117,15 +117,15 @@ def _cut(world: World, what: Happening, number: int) -> bool:
         pairs = {pair for pair in pairs if what.machine not in pair}
     if not pairs:
         return False
-    world.cuts[number] = frozenset(pairs)
-    world.relink_all()
+    world.network.cuts[number] = frozenset(pairs)
+    world.network.relink_all()
     world.at(1 + what.for_s, _mend, world, number)
     return True
 
 
 def _mend(world: World, number: int) -> None:
-    if world.cuts.pop(number, None) is not None:
-        world.relink_all()
+    if world.network.cuts.pop(number, None) is not None:
+        world.network.relink_all()
 
 
 def _address(world: World, m: Computer, what: Happening) -> None:
@@ -157,7 +157,7 @@ def _reimage(world: World, m: Computer, what: Happening) -> bool:
 def heal(world: World) -> None:
     """The storm is over: the wire is whole, disks take writes, whoever may be on is on."""
     world.stormy = False
-    world.cuts.clear()
+    world.network.cuts.clear()
     for m in world.computers:
         m.disk_full = False
         world.resume_daemon(m)
@@ -165,4 +165,4 @@ def heal(world: World) -> None:
             _new_address(world, m, f"10.2.{m.number}.1")
         world.power_on(m)
         world.start_daemon(m)
-    world.relink_all()
+    world.network.relink_all()

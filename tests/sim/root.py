@@ -146,7 +146,7 @@ def _serves(world: World, m: Computer, url: str, ca_hash: str | None) -> bool:
         and other.k3s.store is Datastore.ETCD
         and other.k3s.cluster == ca_hash
         and f"https://{other.address}:6443" == url
-        and world.wired(m, other)
+        and world.network.wired(m, other)
         for other in world.computers
         if other is not m
     )

@@ -84,32 +84,32 @@ def test_an_order_that_was_taken_and_lost_is_given_again() -> None:
 
 def test_two_halves_of_four_wait() -> None:
     world = site(4)
-    world.partition({0, 1}, {2, 3})
+    world.network.partition({0, 1}, {2, 3})
     world.run(300)
     assert not world.promise.founded
     assert line(world, 0) == "2 of 4 machines here, 3 must agree"
-    world.partition()
+    world.network.partition()
     world.run(400)
     assert world.complete
 
 
 def test_a_minority_waits_and_the_majority_goes_on() -> None:
     world = site(5)
-    world.partition({0, 1}, {2, 3, 4})
+    world.network.partition({0, 1}, {2, 3, 4})
     world.run(60)
     assert line(world, 0) == "2 of 5 machines here, 3 must agree"
     assert len(world.promise.founded) == 1
-    world.partition()
+    world.network.partition()
     world.run(200)
     assert world.complete
 
 
 def test_a_node_that_sees_both_sides_does_not_make_two_clusters() -> None:
     world = site(5)
-    world.partition({0, 1, 2}, {2, 3, 4})
+    world.network.partition({0, 1, 2}, {2, 3, 4})
     world.run(200)
     assert len(world.promise.founded) == 1
-    world.partition()
+    world.network.partition()
     world.run(400)
     assert world.complete
 

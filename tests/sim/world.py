@@ -7,56 +7,42 @@ the disk works, messages to a peer that is away wait for it, what one announces 
 
 from __future__ import annotations
 
-import datetime
 import heapq
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from k3sagentd import keys
 from k3sagentd.core import machine
 from k3sagentd.core.effects import Announce, Effect, Persist, Report, Send, WriteOrder
 from k3sagentd.core.events import (
     AddressChanged,
     Event,
     FactsRead,
-    HelloReceived,
     MessageReceived,
-    PeerLost,
     PersistFailed,
     PersistRecovered,
     Tick,
 )
-from k3sagentd.core.messages import Hello, Message
 from k3sagentd.core.state import Site
 from k3sagentd.core.words import NodeId, NodePhase
 from tests.sim import root
 from tests.sim.computer import Computer, K3s
 from tests.sim.dice import Dice, Fault
 from tests.sim.disk import WRITE_ATOMICALLY, Disk
+from tests.sim.network import Network
 from tests.sim.plan import MachinePlan, Plan
 from tests.sim.promise import BrokenError, Promise
 
 PUBLISH_S = 0.05
 """``daemon.run.ANNOUNCE_DELAY_S``."""
-KEEPALIVE_S = 5.0
-"""Until a peer without power is noticed at the earliest; twice that at the latest."""
 HELD_WATCH_S = 65.0
 """A stopped process: its kernel keeps the connection up until the watch is over."""
 PERSIST_RETRY_S = 2.0
-OUTBOX_LIMIT = 256
 STEPS_LIMIT = 500_000
 """Events of a run: thirty times what fifty machines need."""
-LATE_S = 20.0
-"""How late a message may be."""
 PHASES = frozenset(map(str, NodePhase))
 ELECTION_KEY = b"k" * 32
-VALID_S = tuple(
-    (each - datetime.datetime(1970, 1, 1)).total_seconds()
-    for each in (keys.NOT_BEFORE, keys.NOT_AFTER)
-)
-"""The span of wall clock in which a certificate is valid."""
 
 
 def abstract(m: Computer) -> tuple[object, ...]:
@@ -95,11 +81,10 @@ class World:
         self.inputs: Counter[str] = Counter()
         self.states: set[tuple[object, ...]] = set()
         self.computers: list[Computer] = []
-        self.cuts: dict[int, frozenset[tuple[int, int]]] = {}
         self.promise = Promise(self)
         self._queue: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
-        self._scheduled = 0
-        self._links: set[tuple[int, int]] = set()
+        self.scheduled = 0
+        self.network = Network(self)
         for each in plan.machines:
             m = self.add(each)
             self.at(each.boot_s, self.power_on, m)
@@ -108,8 +93,8 @@ class World:
 
     def at(self, after_s: float, what: Callable[..., None], *arguments: Any) -> None:
         """Do ``what`` later."""
-        self._scheduled += 1
-        heapq.heappush(self._queue, (self.now_s + after_s, self._scheduled, what, arguments))
+        self.scheduled += 1
+        heapq.heappush(self._queue, (self.now_s + after_s, self.scheduled, what, arguments))
 
     def run(self, until_s: float) -> None:
         """Let time pass."""
@@ -199,7 +184,7 @@ class World:
         ):
             if m.process == process:
                 self.feed(m, event)
-        self.relink(m)
+        self.network.relink(m)
 
     def stop_daemon(self, m: Computer) -> None:
         """The process is gone; what its kernel knows goes with the power."""
@@ -208,7 +193,7 @@ class World:
         m.process += 1
         m.inbox.clear()
         m.outbox.clear()
-        self.relink(m)
+        self.network.relink(m)
 
     def pause_daemon(self, m: Computer) -> None:
         """SIGSTOP."""
@@ -220,8 +205,8 @@ class World:
     def _watches_end(self, m: Computer, process: int) -> None:
         if m.process == process and m.paused:
             for other in self.computers:
-                if other is not m and self.linked(m, other):
-                    self._lost(other, m, m.id)
+                if other is not m and self.network.linked(m, other):
+                    self.network.lost(other, m, m.id)
 
     def resume_daemon(self, m: Computer) -> None:
         """SIGCONT."""
@@ -229,116 +214,8 @@ class World:
             m.held = m.paused = False
             self._drain(m)
             for other in self.computers:
-                if other is not m and self.linked(m, other):
-                    self.at(self._delay(m), self._greet, other, m, m.hello)
-
-    # --- the wire ---------------------------------------------------------------------------
-
-    def wired(self, a: Computer, b: Computer) -> bool:
-        """Whether packets go both ways between two machines that are on."""
-        if not (a.on and b.on) or a is b:
-            return False
-        return not self.cuts or not (self._cut(a.number, b.number) or self._cut(b.number, a.number))
-
-    def _cut(self, a: int, b: int) -> bool:
-        return any((a, b) in cut for cut in self.cuts.values())
-
-    def linked(self, a: Computer, b: Computer) -> bool:
-        """Whether two daemons hold connections: both certificates are valid now."""
-        if a.node is None or b.node is None or not self.wired(a, b):
-            return False
-        return all(VALID_S[0] <= m.wall_s + self.now_s <= VALID_S[1] for m in (a, b))
-
-    def partition(self, *groups: set[int]) -> None:
-        """Only machines that share a group reach each other; a node in two sees both sides."""
-        numbers = range(len(self.computers))
-        self.cuts[0] = frozenset(
-            (a, b)
-            for a in numbers
-            for b in numbers
-            if a != b and groups and not any({a, b} <= group for group in groups)
-        )
-        self.relink_all()
-
-    def relink_all(self) -> None:
-        """The wire changed."""
-        for m in self.computers:
-            self.relink(m)
-
-    def relink(self, m: Computer) -> None:
-        """Have the daemons notice, sooner or later, whom they reach."""
-        for other in self.computers:
-            if other is m:
-                continue
-            pair = (min(m.number, other.number), max(m.number, other.number))
-            linked = self.linked(m, other)
-            if linked and pair not in self._links:
-                self._links.add(pair)
-                for here, there in ((m, other), (other, m)):
-                    self.at(self._delay(here), self._connect, here, there)
-            elif not linked and pair in self._links:
-                self._links.discard(pair)
-                silent = not (m.on and other.on) or not self.wired(m, other)
-                for here, there in ((m, other), (other, m)):
-                    wait_s = KEEPALIVE_S * (1 + self.dice.uniform(11, self._scheduled))
-                    wait_s = wait_s if silent else self._delay(here)
-                    self.at(wait_s, self._lose, here, there, there.id)
-
-    def _connect(self, here: Computer, there: Computer) -> None:
-        if self.linked(here, there):
-            self._greet(here, there, there.hello)
-            for message in here.outbox.pop(there.id, []):
-                self._transmit(here, there, message)
-
-    def _greet(self, here: Computer, there: Computer, hello: Hello | None) -> None:
-        if hello is not None and self.linked(here, there) and not there.paused:
-            self.feed(here, HelloReceived(now_s=here.clock(self.now_s), hello=hello))
-
-    def _lose(self, here: Computer, there: Computer, id: NodeId) -> None:
-        if there.id != id or not self.linked(here, there):
-            self._lost(here, there, id)
-
-    def _lost(self, here: Computer, there: Computer, id: NodeId) -> None:
-        if here.node is not None and not any(
-            other is not there and other.id == id and self.linked(here, other)
-            for other in self.computers
-        ):
-            self.feed(here, PeerLost(now_s=here.clock(self.now_s), peer=id))
-
-    def _publish(self, m: Computer, process: int) -> None:
-        if m.process != process:
-            return
-        m.publishing = False
-        for other in self.computers:
-            if other is not m and self.linked(m, other):
-                self.at(self._delay(m), self._greet, other, m, m.hello)
-
-    def _send(self, m: Computer, to: NodeId, message: Message) -> None:
-        there = [c for c in self.computers if c.id == to and c is not m]
-        linked = [c for c in there if self.linked(m, c)]
-        if linked:
-            self._transmit(m, linked[m.sent % len(linked)], message)
-        elif there and len(m.outbox.setdefault(to, [])) < OUTBOX_LIMIT:
-            m.outbox[to].append(message)
-
-    def _transmit(self, m: Computer, there: Computer, message: Message) -> None:
-        m.sent += 1
-        if self.strikes(Fault.LOSS, m.number, m.sent):
-            return
-        copies = 2 if self.strikes(Fault.DUPLICATE, m.number, m.sent) else 1
-        for copy in range(copies):
-            delay_s = self.dice.exponential(self.plan.delay_s, 12, m.number, m.sent, copy)
-            if self.strikes(Fault.DELAY, m.number, m.sent, copy):
-                delay_s += LATE_S * self.dice.uniform(13, m.number, m.sent, copy)
-            self.at(delay_s, self._arrive, m.id, m.number, there, message)
-
-    def _arrive(self, sender: NodeId, number: int, there: Computer, message: Message) -> None:
-        if there.on and not self._cut(number, there.number):
-            now_s = there.clock(self.now_s)
-            self.feed(there, MessageReceived(now_s=now_s, sender=sender, message=message))
-
-    def _delay(self, m: Computer) -> float:
-        return self.dice.exponential(self.plan.delay_s, 14, m.number, self._scheduled)
+                if other is not m and self.network.linked(m, other):
+                    self.network.tell_hello(m, other)
 
     # --- the daemon -------------------------------------------------------------------------
 
@@ -380,10 +257,10 @@ class World:
                     m.hello = hello
                     if not m.publishing:
                         m.publishing = True
-                        self.at(PUBLISH_S, self._publish, m, m.process)
+                        self.at(PUBLISH_S, self.network.publish, m, m.process)
                 case Send(to=to, message=message):
                     self.promise.sends(m, message)
-                    self._send(m, to, message)
+                    self.network.send(m, to, message)
                 case WriteOrder(order=order):
                     self.promise.orders(m, order)
                     root.take(self, m, order)
