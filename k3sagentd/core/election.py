@@ -249,7 +249,8 @@ def _wants_founders(node: Node, proposal: Preparing) -> bool:
 def _nomination(node: Node, proposal: Preparing) -> Nominate | None:
     hellos = [hello for hello in (own_hello(node), *node.up) if hello.node in proposal.promises]
     best = [hello.node for hello in ranking.ranked(node, hellos)]
-    has = [hello.node for hello in (own_hello(node), *node.up) if hello.existing is not None]
+    here = (own_hello(node), *node.up)
+    has = [hello.node for hello in here if guards.claim(node, hello) is not None]
     if not best or (has and best[0] not in has):
         return None  # a nomination beside a cluster that is there would only be abandoned
     founders = best[: ranking.odd(min(node.site.servers, len(best)))]

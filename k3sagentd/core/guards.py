@@ -29,6 +29,16 @@ def existing_cluster(node: Node) -> str | None:
     return facts.ca_hash or f"unknown, on {short(node.id)}"
 
 
+def claim(node: Node, hello: Hello) -> str | None:
+    """The cluster that a peer has from before, unless we know that its epoch was abandoned.
+
+    The peer may not know: it lost its state, or is behind.
+    """
+    if hello.existing_epoch is not None and is_abandoned(node.log, hello.existing_epoch):
+        return None
+    return hello.existing
+
+
 def quorum_missing(node: Node) -> str | None:
     """Too few machines here to agree on anything."""
     if node.seen < node.quorum:
@@ -60,7 +70,7 @@ def conflict(node: Node) -> str | None:
             f"this machine has K3s data of another cluster ({_cluster(mine)}) than the site "
             f"({_cluster(node.seal.ca_hash)}); move /var/lib/rancher/k3s aside here to join it"
         )
-    clusters = {hello.existing: hello.node for hello in node.up if hello.existing}
+    clusters = {there: hello.node for hello in node.up if (there := claim(node, hello))}
     if mine is not None:
         clusters[mine] = node.id
     if len(clusters) < 2:
@@ -179,7 +189,7 @@ def foreign_nomination(node: Node, value: Value) -> str | None:
     if not isinstance(value, Nominate) or mine is None or value.init == node.id:
         return None
     init = node.peers.get(value.init)
-    if init is not None and init.hello.existing == mine:
+    if init is not None and claim(node, init.hello) == mine:
         return None
     return f"has K3s data of a cluster ({_cluster(mine)}) that the nominated node has not"
 
@@ -193,6 +203,6 @@ def cluster_elsewhere(node: Node) -> str | None:
     if existing_cluster(node) is not None or node.seal is not None:
         return None
     for hello in node.up:
-        if hello.existing is not None:
+        if claim(node, hello) is not None:
             return f"{node.name_of(hello.node)} has K3s data of a cluster already"
     return None

@@ -71,6 +71,7 @@ def own_hello(node: Node) -> Hello:
         has_voted=bool(node.log) or not node.durable.acceptor.blank,
         log_length=len(node.log),
         existing=guards.existing_cluster(node),
+        existing_epoch=node.facts.origin if node.facts else None,
         datastore=node.facts.datastore if node.facts else Datastore.NONE,
         phase=node.phase,
         k3s_role=k3s_role(node),

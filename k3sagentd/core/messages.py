@@ -47,6 +47,8 @@ class Hello:
     log_length: int
     existing: str | None
     """The cluster that its K3s data belongs to, where that was there before the site."""
+    existing_epoch: int | None
+    """The epoch that made this data, where it was one of ours: that may be abandoned by now."""
     datastore: Datastore
     phase: NodePhase
     k3s_role: ServerOrAgent | None

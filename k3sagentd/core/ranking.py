@@ -8,6 +8,7 @@ import hmac
 from collections.abc import Iterable
 from functools import lru_cache
 
+from k3sagentd.core import guards
 from k3sagentd.core.log import abandonments
 from k3sagentd.core.messages import Hello
 from k3sagentd.core.state import Node
@@ -46,7 +47,7 @@ def ranked(node: Node, hellos: Iterable[Hello]) -> list[Hello]:
 
     def key(hello: Hello) -> tuple[bool, int, bool, int, bytes]:
         return (
-            hello.existing is None,
+            guards.claim(node, hello) is None,
             failed[hello.node],
             hello.role is not Role.SERVER,
             hello.fitness,

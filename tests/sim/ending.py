@@ -119,6 +119,9 @@ def site_excuse(world: World, running: list[Computer]) -> str | None:
     owners = [m for m in running if m.k3s.cluster in clusters]
     if owners and not any(able(world, m) and m in voters for m in owners):
         return OWNER_CANNOT
+    if owners and len([m for m in voters if m not in owners]) < majority(nodes):
+        # Its vote is needed, and it gives none to a nomination that others accepted before.
+        return OWNER_CANNOT
     return None
 
 

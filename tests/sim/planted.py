@@ -195,10 +195,14 @@ FAULTS = (
         ),
     ),
     _plant(
-        "votes whatever nodes the ballot counts by (found)",
-        3000,
+        "votes whatever nodes are counted by",
+        500,
         (f"{CORE}.guards:counts_otherwise", "    if nodes == node.nodes:", "    if True:"),
-        focus=(Fault.RECONFIGURED, Fault.DELAY),
+        (
+            f"{CORE}.guards:may_not_vote",
+            "    return disagreement(node) or behind(node) or crowd(node)",
+            "    return behind(node) or crowd(node)",
+        ),
     ),
     _plant(
         "honours a new nodes after a vote",
@@ -294,7 +298,11 @@ FAULTS = (
     _plant(
         "initialises in the epoch of another (found)",
         4000,
-        (f"{CORE}.drive:may_initialise", "    if not node.is_init:", f"    {NEVER}"),
+        (
+            f"{CORE}.drive:may_initialise",
+            "if not node.is_init or guards.cluster_elsewhere(node) is not None:",
+            NEVER,
+        ),
         (
             f"{CORE}.lifecycle:is_nominated_elsewhere",
             "return turn.node.nomination is not None and not turn.node.is_init",
@@ -329,13 +337,14 @@ FAULTS = (
         ),
     ),
     _plant(
-        "learns from who counts by another nodes (found)",
-        500,
+        "does not freeze nodes with what it learns (found)",
+        2000,
         (
             f"{CORE}.election:learn",
-            "if message.first > len(node.log) or (message.nodes != node.nodes and not sealed):",
-            "if message.first > len(node.log):",
+            "nodes = message.nodes if node.durable.nodes is None else node.durable.nodes",
+            "nodes = node.durable.nodes",
         ),
+        focus=(Fault.RECONFIGURED,),
     ),
     _plant(
         "is due by one sum and not by the other (found)",

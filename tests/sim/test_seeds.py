@@ -3,12 +3,15 @@
 
 import multiprocessing
 import os
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 
 from tests.sim import coverage
 from tests.sim.dice import Dice, Fault
 from tests.sim.plan import Plan, calm, draw
+from tests.sim.planted import FAULTS
 from tests.sim.run import run
 from tests.sim.shrink import Shrinker, timeline
 
@@ -71,6 +74,13 @@ def test_a_failing_run_is_made_small(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(after.plan.happenings) < len(before.plan.happenings)
     assert len(after.plan.machines) <= len(before.plan.machines)
     assert "BROKEN: one value is chosen per entry" in "\n".join(timeline(after))
+
+
+def test_what_is_planted_is_still_there_to_be_planted() -> None:
+    for fault in FAULTS:
+        for edit in fault.edits:
+            source = Path(str(import_module(edit.where.partition(":")[0]).__file__)).read_text()
+            assert source.count(edit.old) == 1, f"{fault.name}: {edit.old}"
 
 
 def test_the_dice_are_fair() -> None:
