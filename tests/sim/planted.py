@@ -401,8 +401,10 @@ def main() -> int:
     """Exit code 1 where one was not caught."""
     wanted = [fault for fault in FAULTS if len(sys.argv) < 2 or sys.argv[1] in fault.name]
     caught = 0
-    # A process for each: what is planted in it dies with it.
-    with multiprocessing.Pool(len(os.sched_getaffinity(0)), maxtasksperchild=1) as pool:
+    # A process for each: what is planted in it dies with it. Not forked, because this process goes
+    # on and may hold a lock (that of its output) just when a worker is replaced.
+    spawn = multiprocessing.get_context("spawn")
+    with spawn.Pool(len(os.sched_getaffinity(0)), maxtasksperchild=1) as pool:
         for fault, (plan, how) in zip(wanted, pool.imap(hunt, wanted, chunksize=1), strict=True):
             verdict = "NOT CAUGHT"
             if plan is not None:
