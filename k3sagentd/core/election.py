@@ -135,12 +135,16 @@ def propose(turn: Turn, intent: Intent, wanted: Value | None) -> None:
     advance(turn)
 
 
-def pause_s(node: Node) -> float:
-    """How long to wait with a nomination because the best machine here has failed before."""
+def pause_s(node: Node, value: Value | None = None) -> float:
+    """How long to wait with a nomination of who failed before; without one: of the best here."""
     if not node.log:
         return 0.0
-    best = ranking.ranked(node, (own_hello(node), *node.up))[:1]
-    failures = log.abandonments(node.log)[best[0].node] if best else 0
+    if isinstance(value, Nominate):
+        init: NodeId | None = value.init
+    else:
+        best = ranking.ranked(node, (own_hello(node), *node.up))[:1]
+        init = best[0].node if best else None
+    failures = log.abandonments(node.log)[init] if init else 0
     if failures == 0:
         return 0.0
     return min(EPOCH_PAUSE_LIMIT_S, EPOCH_PAUSE_S * 2.0 ** min(failures - 1, 10))
@@ -212,6 +216,8 @@ def advance(turn: Turn) -> None:
             if value is None:
                 elsewhere = guards.cluster_elsewhere(node)
                 back_off(turn, elsewhere or "no machine here may be a server")
+            elif free_nomination and turn.now_s < node.phase_since_s + pause_s(node, value):
+                back_off(turn, "who promised has failed before, the others have some time yet")
             else:
                 _ask_to_accept(turn, proposal, value)
             return

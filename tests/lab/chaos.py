@@ -236,6 +236,10 @@ def judge(lab: site.Lab, chaos: Chaos) -> str:
     found = views()
     servers = [name for name, v in found.items() if v["node"]["role"] == "server"]
     lists = [members(lab, name) for name in servers]
+    for name in servers:
+        healthy = lab.command_in(name, ["env", "ETCDCTL_API=3", "etcdctl", "endpoint", "health"])
+        done = subprocess.run(healthy, capture_output=True, text=True, check=False, timeout=30)
+        assert done.returncode == 0, f"etcd on {name} is not healthy: {done.stderr}"
     ids = {each["header"]["cluster_id"] for each in lists}
     assert len(ids) == 1, f"{len(ids)} etcd clusters"
     for each in lists:

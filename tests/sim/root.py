@@ -67,6 +67,7 @@ def _finish(world: World, m: Computer, power: int, result: Result) -> None:
     if m.power != power:
         return
     m.applying, m.result = False, result
+    world.promise.nothing_is_deleted()
     world.tell(m, f"apply: {result.order.action} {result.outcome}")
     look(world, m, m.process)
     _begin(world, m)

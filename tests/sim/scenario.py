@@ -387,7 +387,11 @@ def main() -> int:
     """``--rewrite``: put the output that there is into every file, for review."""
     for path in FILES:
         before = path.read_text()
-        after = play(before)
+        try:
+            after = play(before)
+        except AssertionError as error:
+            print(f"{path.name}: the promise broke: {error}")
+            return 1
         if after != before:
             print(f"{path.name} is another now")
             if "--rewrite" in sys.argv:
