@@ -188,7 +188,9 @@ def _muted(world: World, m: Computer, found: re.Match[str]) -> bool:
 
 
 def _clusters(world: World, m: Computer, found: re.Match[str]) -> bool:
-    return len({c.k3s.cluster for c in world.computers if c.node and c.k3s.cluster}) > 1
+    known = {c.k3s.cluster for c in world.computers if c.node and c.k3s.cluster}
+    seal = sealed_to(world)
+    return len(known | ({seal.ca_hash} if seal else set())) > 1
 
 
 def _owner(world: World, m: Computer, found: re.Match[str]) -> bool:

@@ -24,6 +24,7 @@ FOUND = {
     53528: "clones were counted as more machines than nodes",
     74931: "acceptors refused a value that was accepted already, for good",
     23354: "the best machine was slow to promise; a hopeless one was nominated without a pause",
+    30293: "a line was taken for untrue because the sealed cluster itself was gone",
     86273: "a machine with a cluster and a slow disk: others were nominated and gave up, 500 times",
 }
 """What each seed showed; those before them are in ``test_promise``, as the plans they were."""
