@@ -218,7 +218,8 @@ def _flags(world: World, m: Computer, found: re.Match[str]) -> bool:
 
 
 def _applying(world: World, m: Computer, found: re.Match[str]) -> bool:
-    return m.applying or m.waiting_order is not None
+    # Also where apply died with the order: nobody told the daemon.
+    return m.node is not None and m.node.drive.result is None
 
 
 def _trying(world: World, m: Computer, found: re.Match[str]) -> bool:

@@ -25,6 +25,7 @@ FOUND = {
     74931: "acceptors refused a value that was accepted already, for good",
     23354: "the best machine was slow to promise; a hopeless one was nominated without a pause",
     30293: "a line was taken for untrue because the sealed cluster itself was gone",
+    32493: "a line was taken for untrue because apply had died with the order",
     86273: "a machine with a cluster and a slow disk: others were nominated and gave up, 500 times",
 }
 """What each seed showed; those before them are in ``test_promise``, as the plans they were."""
