@@ -17,7 +17,7 @@ from k3sagentd.core.messages import Message
 from k3sagentd.core.words import NodePhase
 from tests.sim.dice import Fault
 
-RUNS_FOR_ALL = 10_000
+RUNS_FOR_ALL = 20_000
 """A campaign of so many runs must have been everywhere."""
 
 BEYOND_REACH = {
