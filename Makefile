@@ -12,10 +12,12 @@ RUNTIME = python3 python3-zeroconf python3-ifaddr python3-aiohttp python3-crypto
 LAB     = $(RUNTIME) etcd-server iproute2 nftables util-linux
 TEST    = $(LAB) python3-pytest etcd-client faketime avahi-daemon openssl strace
 LINT    = $(TEST) python3-venv python3-pip
+DEB     = mmdebstrap git
+REPO    = reprepro gnupg
 install = dpkg -s $(1) >/dev/null 2>&1 || { apt-get update -q && \
           DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends $(1); }
 
-.PHONY: lab test sim planted exhaustive chaos bench lint docs clean
+.PHONY: lab test sim planted exhaustive chaos bench lint deb apt-repo fleet docs clean
 
 lab:  ## a site of NODES machines on this one; Ctrl-C takes it down
 	@$(call install,$(LAB)) >/dev/null
@@ -55,6 +57,15 @@ $(VENV)/.done: Makefile
 	$(PYTHON) -m venv --system-site-packages $(VENV)
 	$(VENV)/bin/pip install -q --disable-pip-version-check 'ruff>=0.8' 'mypy>=1.13' types-PyYAML
 	@touch $@
+
+deb:  ## the packages, in build/deb; built twice and compared, and checked by lintian
+	@$(call install,$(DEB)) >/dev/null
+	@packaging/build/deb --check
+
+apt-repo:  ## a signed APT repository of them, in build/apt-repo
+	@$(call install,$(DEB) $(REPO)) >/dev/null
+	@packaging/build/deb
+	@packaging/build/apt-repo
 
 docs:  ## the pages that are made from the code
 	$(PYTHON) -m tests.lifecycle_doc > docs/lifecycle.md

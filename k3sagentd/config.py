@@ -23,6 +23,8 @@ NODES_LIMIT = 99
 DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)")
 UNITS_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 VERSION = re.compile(r"v\d+\.\d+\.\d+(-[0-9A-Za-z.]+)?\+k3s\d+")
+PREFLIGHT = ("foreign", "cgroup", "memory", "disk", "ports", "clock")
+"""What is looked at before K3s is installed (``k3s/preflight.py``)."""
 OURS = {
     "cluster-init": "the site decides who starts the cluster",
     "server": "the registration address is found by the nodes",
@@ -62,6 +64,9 @@ class Config:
     port: int = 6440
     settle_s: float = 3.0
     abandon_after_s: float = 1800.0
+    fix_cmdline: bool = False
+    allow_reboot: bool = False
+    ignore_preflight: tuple[str, ...] = ()
     install: Install = field(default_factory=Install)
     k3s: Mapping[str, Any] = field(default_factory=dict)
 
@@ -172,6 +177,18 @@ def _duration(value: Any) -> float:
     return float(match[1]) * UNITS_S[match[2]]
 
 
+def _bool(value: Any) -> bool:
+    if type(value) is not bool:
+        raise ValueError("true or false")
+    return value
+
+
+def _checks(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(each in PREFLIGHT for each in value):
+        raise ValueError(f"a list of {', '.join(PREFLIGHT)}")
+    return tuple(value)
+
+
 def _host(value: Any) -> str:
     if not isinstance(value, str) or not re.fullmatch(r"[0-9A-Za-z:.-]{1,253}", value):
         raise ValueError("an IP address or a host name")
@@ -234,6 +251,9 @@ SETTINGS = (
     Setting("port", _integer(1, 65535), "port"),
     Setting("settle", _duration, "settle_s"),
     Setting("abandon-after", _duration, "abandon_after_s"),
+    Setting("fix-cmdline", _bool, "fix_cmdline"),
+    Setting("allow-reboot", _bool, "allow_reboot"),
+    Setting("ignore-preflight", _checks, "ignore_preflight"),
     Setting("install", _mapping, "install"),
     Setting("k3s", _k3s, "k3s"),
 )

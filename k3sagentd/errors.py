@@ -34,6 +34,10 @@ class MachineError(K3sagentdError):
     exit_code = os.EX_OSERR
 
 
+class HopelessError(MachineError):
+    """What no second attempt mends: a person is needed, or another machine."""
+
+
 class UnavailableError(K3sagentdError):
     """Something that should answer does not: the daemon, a node of the lab (EX_UNAVAILABLE)."""
 

@@ -57,9 +57,44 @@ class Paths:
         return self.run / "control.sock"
 
     @property
+    def root_run(self) -> Path:
+        """As ``run``, but root's own: the daemon cannot put links here."""
+        return self._at("run/k3sagentd-apply")
+
+    @property
+    def root_state(self) -> Path:
+        """As ``state``, but root's own."""
+        return self._at("var/lib/k3sagentd-apply")
+
+    @property
+    def apply_lock(self) -> Path:
+        """Held while an order is carried out."""
+        return self.root_run / "lock"
+
+    @property
     def supervisor(self) -> Path:
         """Pid, lock and command of a K3s that we supervise (install method ``exec``)."""
-        return self.run / "k3s-exec.json"
+        return self.root_run / "k3s-exec.json"
+
+    @property
+    def installed(self) -> Path:
+        """There once our install has begun: a K3s without it is somebody else's."""
+        return self.root_state / "installed.json"
+
+    @property
+    def clock(self) -> Path:
+        """From the daemon to root: how far the peers' clocks are from ours."""
+        return self.run / "clock.json"
+
+    @property
+    def boot_partitions(self) -> tuple[Path, ...]:
+        """Where a person who has only the card puts configuration and token."""
+        return (self._at("boot/firmware/k3sagentd"), self._at("boot/k3sagentd"))
+
+    @property
+    def cmdlines(self) -> tuple[Path, ...]:
+        """The kernel's command line on a Raspberry Pi: Debian 12 and later, and before."""
+        return (self._at("boot/firmware/cmdline.txt"), self._at("boot/cmdline.txt"))
 
     @property
     def k3s_config(self) -> Path:

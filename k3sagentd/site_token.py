@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import os
@@ -57,7 +58,9 @@ def load(path: Path) -> bytes:
     directory = os.environ.get("CREDENTIALS_DIRECTORY")
     credential = Path(directory, "token") if directory else None
     if credential is not None and credential.exists():
-        return judge(credential, _read(credential))
+        with contextlib.suppress(OSError):  # the daemon may see the file's mode, if not more
+            _check_mode(path, path.stat().st_mode)
+        return judge(path, _read(credential))
     return judge(path, _read(path, private=True))
 
 
@@ -70,15 +73,20 @@ def _read(path: Path, *, private: bool = False) -> bytes:
         raise ConfigError(f"{path}: token-file: no such file; {CREATE_HINT}") from None
     except OSError as error:
         raise ConfigError(f"{path}: token-file: cannot be read: {error.strerror}") from error
-    mode = stat.S_IMODE(status.st_mode)
-    if private and mode & 0o077:
+    if private:
+        _check_mode(path, status.st_mode)
+    if len(data) > SIZE_LIMIT_BYTES:
+        raise ConfigError(f"{path}: token-file: more than {SIZE_LIMIT_BYTES} bytes")
+    return data.strip()
+
+
+def _check_mode(path: Path, found: int) -> None:
+    mode = stat.S_IMODE(found)
+    if mode & 0o077:
         raise ConfigError(
             f"{path}: token-file: mode is {mode:04o}, others can read it; allowed: 0600 (chmod "
             f"600 {path})"
         )
-    if len(data) > SIZE_LIMIT_BYTES:
-        raise ConfigError(f"{path}: token-file: more than {SIZE_LIMIT_BYTES} bytes")
-    return data.strip()
 
 
 def judge(path: Path, token: bytes) -> bytes:

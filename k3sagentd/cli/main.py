@@ -14,8 +14,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NoReturn
 
-from k3sagentd import __version__
-from k3sagentd.errors import K3sagentdError, PermissionDeniedError, UsageError
+from k3sagentd.errors import (
+    K3sagentdError,
+    PermissionDeniedError,
+    UnavailableError,
+    UsageError,
+)
 from k3sagentd.paths import Paths
 
 DURATION = re.compile(r"(\d+(?:\.\d+)?)(s|m|h)?")
@@ -27,6 +31,16 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+class _Version(argparse.Action):
+    """Looks the version up only where it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        from k3sagentd.version import version
+
+        print(f"k3sagentd {version()}")
+        parser.exit()
 
 
 def _duration(text: str) -> float:
@@ -41,7 +55,7 @@ def parser(*, with_lab: bool = True) -> argparse.ArgumentParser:
     top = _Parser(
         prog="k3sagentd", description="Starts one highly available K3s cluster from equal machines."
     )
-    top.add_argument("--version", action="version", version=f"k3sagentd {__version__}")
+    top.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name: str, text: str, run: Callable[[argparse.Namespace], int]) -> _Parser:
@@ -52,6 +66,7 @@ def parser(*, with_lab: bool = True) -> argparse.ArgumentParser:
     add("run", "run the daemon (k3sagentd.service)", _run)
     add("apply", "carry out the order that is there, as root (k3sagentd-apply.service)", _apply)
     add("facts", "look at this machine, as root, and write it down for the daemon", _facts)
+    add("provision", "take configuration and token from credentials or boot partition", _provision)
     status = add("status", "show the site as this node sees it", _status)
     status.add_argument("--json", action="store_true", help="for programs")
     status.add_argument("--watch", action="store_true", help="show every change until Ctrl-C")
@@ -80,9 +95,15 @@ def parser(*, with_lab: bool = True) -> argparse.ArgumentParser:
 
 
 def _add_lab(commands: argparse._SubParsersAction[_Parser]) -> None:
-    from k3sagentd.lab import cli as lab
-
     command = commands.add_parser("lab", help="a site of several machines on this one")
+    try:
+        from k3sagentd.lab import cli as lab
+    except ModuleNotFoundError as error:
+        if error.name != "k3sagentd.lab":
+            raise
+        command.set_defaults(run=_no_lab)
+        command.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+        return
     lab.add_arguments(command)
     command.set_defaults(run=lab.main)
 
@@ -90,7 +111,7 @@ def _add_lab(commands: argparse._SubParsersAction[_Parser]) -> None:
 def main(arguments: list[str]) -> int:
     """Run one command; returns the exit code."""
     try:
-        light = arguments[:1] in (["run"], ["apply"], ["facts"])
+        light = arguments[:1] in (["run"], ["apply"], ["facts"], ["provision"])
         parsed = parser(with_lab=not light).parse_args(arguments)
         code: int = parsed.run(parsed)
         return code
@@ -155,6 +176,21 @@ def _facts(arguments: argparse.Namespace) -> int:
     _need_root("facts")
     write_facts(Paths())
     return 0
+
+
+def _provision(arguments: argparse.Namespace) -> int:
+    from k3sagentd import systemd
+    from k3sagentd.provision import provision
+
+    systemd.set_up_logging()
+    _need_root("provision")
+    directory = os.environ.get("CREDENTIALS_DIRECTORY")
+    provision(Paths(), Path(directory) if directory else None)
+    return 0
+
+
+def _no_lab(arguments: argparse.Namespace) -> int:
+    raise UnavailableError("the lab is in a package of its own: apt install k3sagentd-lab")
 
 
 def _need_root(what: str) -> None:

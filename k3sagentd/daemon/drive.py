@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable, Mapping, Set
 
 from k3sagentd.core.events import FactsRead, K3sProbed, ResultRead
 from k3sagentd.core.hello import k3s_role
@@ -13,6 +14,7 @@ from k3sagentd.core.k3s import Action, Order, Outcome
 from k3sagentd.core.words import NodePhase
 from k3sagentd.daemon.engine import Engine
 from k3sagentd.errors import DataError
+from k3sagentd.k3s import clock
 from k3sagentd.k3s.facts import read_facts
 from k3sagentd.k3s.order import read_result, write_order
 from k3sagentd.k3s.probe import probe
@@ -30,17 +32,22 @@ PROBED = (NodePhase.INITIALISING, NodePhase.JOINING, NodePhase.READY, NodePhase.
 class Drive:
     """Follows what root does, and looks at the K3s that runs."""
 
-    def __init__(self, engine: Engine, paths: Paths, token: str) -> None:
+    def __init__(
+        self, engine: Engine, paths: Paths, token: str, clocks: Callable[[], Mapping[str, float]]
+    ) -> None:
         self._engine = engine
         self._paths = paths
         self._token = token
+        self._clocks = clocks
         self._wake = asyncio.Event()
         self._orders = 0
+        self._told: Set[str] = frozenset()
 
     def order(self, order: Order) -> None:
         """Write an order; a disk of memory that takes nothing is retried with the next attempt."""
         self._orders += 1
         try:
+            clock.write(self._paths, self._clocks())
             write_order(self._paths, order)
         except OSError as error:
             log.error("cannot write %s: %s", self._paths.order, error.strerror)
@@ -79,6 +86,9 @@ class Drive:
 
     async def _look_for_result(self) -> None:
         try:
+            if (clocks := self._clocks()).keys() != self._told:
+                self._told = clocks.keys()
+                clock.write(self._paths, clocks)
             result = read_result(self._paths)
         except (DataError, OSError) as error:
             log.warning("cannot read %s: %s", self._paths.result, error)

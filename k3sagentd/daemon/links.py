@@ -8,6 +8,7 @@ nothing until one of both changes.
 from __future__ import annotations
 
 import asyncio
+import email.utils
 import logging
 import time
 from collections import deque
@@ -54,6 +55,7 @@ class Links:
         self._outboxes: dict[NodeId, deque[Message]] = {}
         self._senders: dict[NodeId, asyncio.Task[None]] = {}
         self._connects = asyncio.Semaphore(CONNECTS_LIMIT)
+        self._clocks: dict[NodeId, float] = {}
         self.hello: Hello | None = None
 
     # --- targets ----------------------------------------------------------------------------
@@ -79,6 +81,19 @@ class Links:
         """A peer called us and says that it listens at ``target``."""
         if peer not in self._at:
             self.sighted(target, Source.CALLER)
+
+    def clocks(self) -> dict[str, float]:
+        """By node: how many seconds its clock is ahead of ours."""
+        here_s = time.time() - time.monotonic()
+        return {peer: there_s - here_s for peer, there_s in self._clocks.items()}
+
+    def _heard_clock(self, reply: Reply) -> None:
+        """Kept against the monotonic clock: ours may be set meanwhile."""
+        try:
+            there = email.utils.parsedate_to_datetime(reply.date or "")
+        except ValueError:
+            return
+        self._clocks[reply.peer] = there.timestamp() - time.monotonic()
 
     async def close(self) -> None:
         """Stop all."""
@@ -135,6 +150,7 @@ class Links:
                     self._table.prove(target, proven=True)
                 peer = reply.peer
                 self._at[peer] = target
+                self._heard_clock(reply)
                 self._engine.feed(HelloReceived(now_s=time.monotonic(), hello=known))
                 self._flush(peer)
         except PeerUnreachableError as error:

@@ -75,7 +75,7 @@ class Daemon:
         self._server = PeerServer(
             server_context(keys, identity), config.port, self._receiver, self._links.refused
         )
-        self.drive = Drive(self.engine, paths, token.decode())
+        self.drive = Drive(self.engine, paths, token.decode(), self._links.clocks)
         self._mdns = Mdns(
             node=identity.node,
             site_id=keys.site_id,

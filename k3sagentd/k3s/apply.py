@@ -20,10 +20,12 @@ from k3sagentd import site_token
 from k3sagentd.config import Config, load_config
 from k3sagentd.core.k3s import Action, Datastore, Order, Outcome, Result, ServerOrAgent
 from k3sagentd.discovery.addresses import attachment
-from k3sagentd.errors import ConfigError, K3sagentdError, MachineError
+from k3sagentd.errors import ConfigError, HopelessError, K3sagentdError, MachineError
 from k3sagentd.files import fsync_directory, write_atomically
 from k3sagentd.k3s import dropin, facts, order, probe
+from k3sagentd.k3s.clock import Clock
 from k3sagentd.k3s.install import Method, method
+from k3sagentd.k3s.preflight import preflight
 from k3sagentd.paths import Paths
 
 log = logging.getLogger(__name__)
@@ -32,14 +34,11 @@ CACERTS_TIMEOUT_S = 10.0
 CACERTS_LIMIT_BYTES = 256 * 1024
 
 
-class HopelessError(K3sagentdError):
-    """What no second attempt mends: a person is needed, or another machine."""
-
-
 def apply(paths: Paths) -> int:
     """Carry out the order that is there, if any; the exit code says whether it was done."""
     paths.run.mkdir(parents=True, exist_ok=True)
-    with (paths.run / "apply.lock").open("w") as lock:
+    paths.root_run.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with paths.apply_lock.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         taken = order.take_order(paths)
         return 0 if taken is None else Apply(paths, taken).run()
@@ -88,14 +87,14 @@ class Apply:
             case Action.INIT:
                 yield "check this machine"
                 self._check_init()
-                preflight(config, self._paths)
+                yield from self._preflight(config, install)
                 yield from self._make(config, token, install)
             case Action.PREPARE:
                 yield "check this machine"
                 self._check_join()
-                preflight(config, self._paths)
+                yield from self._preflight(config, install)
                 yield "install K3s without starting it"
-                install.install(self._order)
+                self._install(install)
             case Action.JOIN:
                 yield "check this machine"
                 self._check_join()
@@ -110,12 +109,23 @@ class Apply:
                     yield "move its data aside"
                     self._move_aside()
 
+    def _preflight(self, config: Config, install: Method) -> Iterator[str]:
+        if not install.running():
+            yield from preflight(config, self._paths, self._order.role, Clock())
+
+    def _install(self, install: Method) -> None:
+        """From here on a K3s on this machine is ours."""
+        self._paths.installed.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        text = json.dumps({"epoch": self._order.epoch, "role": self._order.role}) + "\n"
+        _write(self._paths.installed, text.encode(), 0o600)
+        install.install(self._order)
+
     def _make(self, config: Config, token: bytes, install: Method) -> Iterator[str]:
         paths, data = self._paths, self._paths.k3s_data
         member = facts.datastore(data) in (Datastore.ETCD, Datastore.AGENT)
         if not (member and install.running()):
             yield "install K3s without starting it"
-            install.install(self._order)
+            self._install(install)
         yield "write K3s's configuration"
         data.mkdir(parents=True, exist_ok=True)
         if self._order.action is Action.INIT and facts.datastore(data) is Datastore.NONE:
@@ -200,25 +210,6 @@ class Apply:
             log.warning("K3s's data is in %s now", aside)
         for path in (paths.dropin, paths.k3s_token):
             path.unlink(missing_ok=True)
-
-
-def preflight(config: Config, paths: Paths) -> None:
-    """What K3s needs of the machine and would only fail on later (K3S.md 9)."""
-    if attachment(config.interface) is None:
-        where = config.interface or "any interface with a default route"
-        raise MachineError(f"there is no address on {where}")
-    if config.install.method == "exec":
-        return
-    controllers = paths.root / "sys/fs/cgroup/cgroup.controllers"
-    try:
-        found = controllers.read_text().split()
-    except OSError:
-        return
-    if "memory" not in found:
-        raise HopelessError(
-            f"the memory cgroup is off ({controllers}); add cgroup_enable=memory to "
-            "/boot/firmware/cmdline.txt and reboot"
-        )
 
 
 def fetch_ca_hash(url: str) -> str:

@@ -11,6 +11,8 @@ import errno
 import os
 import re
 import stat
+import tempfile
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from k3sagentd import schema
@@ -44,22 +46,32 @@ def take_order(paths: Paths) -> Order | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        if error.errno == errno.ELOOP:
-            paths.order.unlink()
-            raise DataError(f"{paths.order} is a symbolic link") from error
+        if error.errno in (errno.ELOOP, errno.ENXIO):  # a symbolic link; a socket
+            _remove(paths)
+            raise DataError(f"{paths.order} is no plain file") from error
         raise
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+        os.close(fd)
+        _remove(paths)
+        raise DataError(f"{paths.order} is no plain file")
     with os.fdopen(fd, "rb") as file:
-        status = os.fstat(fd)
         data = file.read(ORDER_LIMIT_BYTES + 1)
     # Taken before it is looked at: a bad order must not start us again and again.
-    paths.order.unlink()
-    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
-        raise DataError(f"{paths.order} is no plain file")
+    paths.order.unlink(missing_ok=True)
     if len(data) > ORDER_LIMIT_BYTES:
         raise DataError(f"{paths.order} has more than {ORDER_LIMIT_BYTES} bytes")
     order = schema.loads(Order, data)
     check(order)
     return order
+
+
+def _remove(paths: Paths) -> None:
+    """Take away what is no order, of whatever kind it is, so that it does not start us again."""
+    try:
+        paths.order.unlink(missing_ok=True)
+    except IsADirectoryError:
+        paths.order.rename(Path(tempfile.mkdtemp(prefix="refused-", dir=paths.root_run)) / "order")
 
 
 def check(order: Order) -> None:

@@ -73,7 +73,7 @@ def _pid(paths: Paths) -> int | None:
 
 
 def _supervise(paths: Paths, binary: Path, role: str) -> int:
-    paths.run.mkdir(parents=True, exist_ok=True)
+    paths.root_run.mkdir(mode=0o700, parents=True, exist_ok=True)
     text = json.dumps({"pid": os.getpid(), "binary": str(binary), "role": role})
     write_atomically(paths.supervisor, text.encode(), durable=False)
     with paths.supervisor.open("r") as lock:

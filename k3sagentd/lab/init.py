@@ -57,8 +57,9 @@ def _make(machine: Path, hostname: str) -> None:
     with contextlib.suppress(OSError):  # a machine without its own /sys has no MACs to show
         namespaces.mount("sysfs", "/sys", "sysfs")
     socket.sethostname(hostname)
-    shutil.rmtree(machine / "run/k3sagentd", ignore_errors=True)
-    (machine / "run/k3sagentd").mkdir()
+    for volatile in ("run/k3sagentd", "run/k3sagentd-apply"):
+        shutil.rmtree(machine / volatile, ignore_errors=True)
+        (machine / volatile).mkdir()
     stage = machine / "stage"
     for directory in ("etc", "var/lib", "var/log", "usr/local/bin", "run"):
         own = {each.name: each for each in (machine / directory).iterdir()}

@@ -29,10 +29,12 @@ DIRECTORIES = (
     "etc/k3sagentd",
     "etc/rancher",
     "var/lib/k3sagentd",
+    "var/lib/k3sagentd-apply",
     "var/lib/rancher",
     "var/log",
     "usr/local/bin",
     "run/k3sagentd",
+    "run/k3sagentd-apply",
     "stage",
 )
 

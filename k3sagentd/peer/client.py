@@ -36,6 +36,8 @@ class Reply:
 
     peer: NodeId
     body: dict[str, Any]
+    date: str | None = None
+    """The peer's clock (RFC 9110, section 6.6.1)."""
 
 
 class PeerClient:
@@ -130,4 +132,4 @@ async def _reply(response: aiohttp.ClientResponse) -> Reply:
     if response.status != 200:
         reason = str(body.get("error", response.reason))[:200]
         raise PeerRefusedError(f"it refused this node: {reason}")
-    return Reply(peer, body)
+    return Reply(peer, body, response.headers.get("Date"))

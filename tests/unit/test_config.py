@@ -17,7 +17,7 @@ BAD = {
     "role: auto": "nodes is missing; allowed: the number of machines",
     "nodes: 5\nservers: 2": "servers is 2; allowed: an odd number",
     "nodes: 3\nservers: 5": "servers is 5; allowed: at most nodes, which is 3",
-    "nodes: 5\nnode: 4": "node is not a setting; allowed: abandon-after, install",
+    "nodes: 5\nnode: 4": "node is not a setting; allowed: abandon-after, allow-reboot, fix-cmdline",
     "nodes: 5\nnodes: 7": "key nodes stands twice in line 2",
     "nodes: 5\nrole: master": "role is 'master'; allowed: auto, server, agent",
     "nodes: 5\nsettle: 3": "settle is 3; allowed: a duration",

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Root reads an order as if an attacker had written it."""
 
+import contextlib
 import os
+import socket
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +31,7 @@ JOIN = Order(
 def paths(tmp_path: Path) -> Paths:
     found = Paths(tmp_path)
     found.run.mkdir(parents=True)
+    found.root_run.mkdir(parents=True)
     return found
 
 
@@ -75,13 +79,37 @@ def test_bytes_that_are_no_order(paths: Paths, data: bytes) -> None:
     assert not paths.order.exists()
 
 
-def test_links_are_not_followed(paths: Paths, tmp_path: Path) -> None:
+def link(path: Path, target: Path) -> None:
+    path.symlink_to(target)
+
+
+def second_name(path: Path, target: Path) -> None:
+    os.link(target, path)
+
+
+def directory(path: Path, target: Path) -> None:
+    path.mkdir()
+    (path / "full").touch()
+
+
+def pipe(path: Path, target: Path) -> None:
+    os.mkfifo(path)
+
+
+def listening(path: Path, target: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as one, contextlib.chdir(path.parent):
+        one.bind(path.name)
+
+
+@pytest.mark.parametrize("make", [link, second_name, directory, pipe, listening])
+def test_what_is_no_plain_file_is_refused_and_gone(
+    paths: Paths, tmp_path: Path, make: Callable[[Path, Path], None]
+) -> None:
     target = tmp_path / "secret"
     target.write_text("{}")
-    paths.order.symlink_to(target)
-    with pytest.raises(DataError, match="symbolic link"):
-        take_order(paths)
-    os.link(target, paths.order)
+    make(paths.order, target)
     with pytest.raises(DataError, match="no plain file"):
         take_order(paths)
-    assert target.exists()
+    assert target.read_text() == "{}"
+    assert not os.path.lexists(paths.order)
+    assert take_order(paths) is None  # the path unit is not started again and again

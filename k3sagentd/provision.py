@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Zero touch: configuration and token from where a machine without a keyboard gets them.
+
+In this order, each of the two for itself: what is in /etc/k3sagentd already; systemd's
+credentials ``k3sagentd.config`` and ``k3sagentd.token`` (systemd.exec(5): from a hypervisor's
+SMBIOS strings, the kernel's command line, a container manager); the boot partition. What is taken
+is written to /etc/k3sagentd, whole and durably, before the token is wiped from the boot partition.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from k3sagentd import site_token
+from k3sagentd.config import load_config
+from k3sagentd.errors import ConfigError
+from k3sagentd.files import fsync_directory, read_bounded, write_atomically
+from k3sagentd.paths import Paths
+
+log = logging.getLogger(__name__)
+
+LIMIT_BYTES = 256 * 1024
+NOTE = "k3sagentd-was-here.txt"
+TOKEN, CONFIG = "token", "config.yaml"
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A place that may have something for us."""
+
+    config: Path
+    token: Path
+    boot: bool = False
+
+
+def provision(paths: Paths, credentials: Path | None) -> None:
+    """Take what is missing from the first source that has it; what is bad there is said."""
+    for source in _sources(paths, credentials):
+        notes = list(_take(paths, source))
+        for note in notes:
+            log.info("%s", note)
+        if source.boot and notes:
+            _leave_note(source.token.parent, notes)
+
+
+def _sources(paths: Paths, credentials: Path | None) -> Iterator[Source]:
+    if credentials is not None:
+        yield Source(credentials / "k3sagentd.config", credentials / "k3sagentd.token")
+    for directory in paths.boot_partitions:
+        if directory.is_dir():
+            yield Source(directory / CONFIG, directory / TOKEN, boot=True)
+
+
+def _take(paths: Paths, source: Source) -> Iterator[str]:
+    """Do it, yielding what was done and what was not."""
+    if (data := _read(source.config)) is not None and not _has_config(paths):
+        try:
+            _check_config(data, source.config)
+        except ConfigError as error:
+            yield f"not taken: {error}"
+        else:
+            _write(paths.config, data, 0o644)
+            yield f"{source.config} is {paths.config} now"
+    token = _read(source.token)
+    if token is None:
+        return
+    if not paths.token.exists():
+        try:
+            site_token.judge(source.token, token.strip())
+        except ConfigError as error:
+            yield f"not taken: {error}"
+            return
+        _write(paths.token, token.strip() + b"\n", 0o600)
+        yield f"{source.token} is {paths.token} now"
+    if not source.boot:
+        return
+    if paths.token.read_bytes().strip() != token.strip():
+        yield f"{source.token} was not taken: {paths.token} has another one; remove either"
+    elif _wipe(source.token):
+        yield f"{source.token} was overwritten and removed: anybody with the card could read it"
+    else:
+        yield f"{source.token} could not be removed; anybody with the card can read it: remove it"
+
+
+def _has_config(paths: Paths) -> bool:
+    dropins = paths.config.with_name(f"{paths.config.name}.d")
+    return paths.config.exists() or any(
+        path.suffix in (".yaml", ".yml") for path in (dropins.iterdir() if dropins.is_dir() else ())
+    )
+
+
+def _read(path: Path) -> bytes | None:
+    try:
+        return read_bounded(path, LIMIT_BYTES)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        log.warning("%s cannot be read: %s", path, error.strerror)
+        return None
+
+
+def _check_config(data: bytes, source: Path) -> None:
+    """Raise ConfigError, naming ``source``, unless the daemon would take it."""
+    with tempfile.TemporaryDirectory() as directory:
+        trial = Paths(Path(directory))
+        trial.config.parent.mkdir(parents=True)
+        trial.config.write_bytes(data)
+        try:
+            load_config(trial)
+        except ConfigError as error:
+            raise ConfigError(str(error).replace(str(trial.config), str(source))) from None
+
+
+def _write(path: Path, data: bytes, mode: int) -> None:
+    path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    write_atomically(path, data, mode=mode)
+
+
+def _wipe(path: Path) -> bool:
+    """Overwrite and remove; a card's own copies of old blocks are beyond us."""
+    try:
+        with path.open("r+b") as file:
+            file.write(b"\0" * os.fstat(file.fileno()).st_size)
+            file.flush()
+            os.fsync(file.fileno())
+        path.unlink()
+        fsync_directory(path.parent)
+    except OSError as error:
+        log.warning("%s: %s", path, error.strerror)
+        return False
+    return True
+
+
+def _leave_note(directory: Path, notes: list[str]) -> None:
+    with contextlib.suppress(OSError):  # a note is not worth a failure
+        write_atomically(directory / NOTE, ("\r\n".join([*notes, ""])).encode(), mode=0o755)
