@@ -38,7 +38,10 @@ async def status(paths: Paths, *, as_json: bool, watch: bool) -> int:
     client = ControlClient(paths.control)
     after = -1
     while True:
-        answer = await client.status(after, WATCH_S if watch and after >= 0 else 0.0)
+        try:
+            answer = await client.status(after, WATCH_S if watch and after >= 0 else 0.0)
+        except UnavailableError as error:
+            raise UnavailableError(_unconfigured(paths) or str(error)) from error
         if answer["rev"] != after:
             after = answer["rev"]
             found = answer["status"]
@@ -46,6 +49,19 @@ async def status(paths: Paths, *, as_json: bool, watch: bool) -> int:
             sys.stdout.flush()
         if not watch:
             return 0
+
+
+def _unconfigured(paths: Paths) -> str | None:
+    """Why the daemon was not even started; None where it has what it needs."""
+    missing = []
+    dropins = paths.config.with_name(f"{paths.config.name}.d")
+    if not paths.config.exists() and not list(dropins.glob("*.yaml")):
+        missing.append(f"{paths.config} (with at least nodes: N)")
+    if not paths.token.exists():
+        missing.append(f"{paths.token} (k3sagentd token create, once; then copy it)")
+    if not missing:
+        return None
+    return f"unconfigured: the daemon waits for {' and '.join(missing)}; it starts by itself then"
 
 
 async def wait(paths: Paths, goal: str, timeout_s: float) -> int:

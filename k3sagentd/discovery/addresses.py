@@ -13,8 +13,9 @@ from pathlib import Path
 
 import ifaddr
 
-ROUTES_V4 = Path("/proc/net/route")
-ROUTES_V6 = Path("/proc/net/ipv6_route")
+# Not /proc/net: under ProcSubset=pid (systemd.exec(5)) that is hidden.
+ROUTES_V4 = Path("/proc/self/net/route")
+ROUTES_V6 = Path("/proc/self/net/ipv6_route")
 RTF_UP = 0x1
 RTMGRP = 0x1 | 0x10 | 0x40 | 0x100 | 0x400
 """rtnetlink(7) groups: LINK, IPV4_IFADDR, IPV4_ROUTE, IPV6_IFADDR, IPV6_ROUTE."""

@@ -16,6 +16,7 @@ from typing import Any
 
 from aiohttp import BasicAuth, web
 
+from k3sagentd import systemd
 from k3sagentd.lab.standin import pki
 from k3sagentd.lab.standin.client import ServerClient, ServerError
 from k3sagentd.lab.standin.etcd import Etcd, EtcdError
@@ -72,6 +73,7 @@ class Server:
         await self._register()
         self._ready = True
         log.info("k3s is up and running")
+        systemd.notify(READY=1)
         await self._live()
 
     def _stored_token(self) -> str:

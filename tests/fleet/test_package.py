@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The package in a person's hands: installed, configured late, upgraded, removed, purged."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.fleet import base
+from tests.fleet.conftest import CONFIG, RELEASES, Fleet
+from tests.fleet.machine import Machine
+
+STATE = ("/etc/k3sagentd", "/var/lib/k3sagentd", "/var/lib/k3sagentd-apply", "/run/k3sagentd")
+K3S = (
+    "/etc/rancher/k3s/config.yaml.d/50-k3sagentd.yaml",
+    "/etc/rancher/k3s/k3sagentd-token",
+    "/var/lib/rancher/k3s/server/db/etcd/member/wal",
+)
+
+
+@pytest.fixture(scope="module", params=RELEASES)
+def machine(fleet: Fleet, request: pytest.FixtureRequest) -> Machine:
+    """A machine that knows the repository and nothing else, a site of its own."""
+    made = fleet.add(request.param, baked=False)
+    made.on()
+    return made.booted()
+
+
+def state(machine: Machine, unit: str = "k3sagentd") -> str:
+    return machine.run("systemctl", "is-active", unit, check=False).strip()
+
+
+def sealed(fleet: Fleet, machine: Machine) -> dict:
+    def ready(views: dict) -> bool:
+        return views.get(machine.name, {}).get("node", {}).get("phase") == "ready"
+
+    return fleet.until(ready)[machine.name]
+
+
+def test_from_the_repository_to_a_cluster(fleet: Fleet, machine: Machine) -> None:
+    machine.run("apt-get", "update", "-q")
+    said = machine.run("apt-get", "install", "-q", "-y", "k3sagentd", "k3sagentd-lab")
+    assert "unauthenticated" not in said.lower()
+    # Without a configuration it waits, says so, and nothing has failed.
+    assert state(machine) == "inactive"
+    status = machine.run("systemctl", "status", "k3sagentd", check=False)
+    assert "/etc/k3sagentd/token was not met" in status
+    said = machine.run("k3sagentd", "status", check=False)
+    assert "/etc/k3sagentd/token" in said, said
+    machine.assert_healthy()
+    # A wrong one is named in one line; mended, it starts by itself.
+    machine.put_now("/etc/k3sagentd/config.yaml", "nodes: many\n")
+    machine.run("k3sagentd", "token", "create")
+    fleet_until(machine, "failed")
+    journal = machine.run("journalctl", "-u", "k3sagentd", "--no-pager", "-o", "cat")
+    assert "/etc/k3sagentd/config.yaml: nodes is 'many'; allowed: a number from 1 to 99" in journal
+    machine.put_now("/etc/k3sagentd/config.yaml", yaml.safe_dump(CONFIG | {"nodes": 1}))
+    fleet_until(machine, "active")
+    sealed(fleet, machine)
+    assert machine.run("k3sagentd", "wait", "--for", "complete", "--timeout", "30s") == ""
+    assert "control-plane" in machine.run("kubectl", "get", "nodes")
+    machine.assert_healthy()
+
+
+def test_man_pages_and_completions_are_there(machine: Machine) -> None:
+    files = machine.run("dpkg", "-L", "k3sagentd")
+    for file in ("man1/k3sagentd.1.gz", "man5/k3sagentd-config.5.gz", "_k3sagentd", ".fish"):
+        assert file in files
+    assert not [line for line in files.splitlines() if "/lab" in line or "standin" in line]
+
+
+def test_an_upgrade_keeps_state_and_leaves_k3s_alone(fleet: Fleet, machine: Machine) -> None:
+    mine = "# mine\n"
+    machine.put_now("/etc/k3sagentd/config.yaml.d/README", mine)
+    before = sealed(fleet, machine)
+    pid = machine.run("systemctl", "show", "-P", "MainPID", "k3s")
+    newer(machine, "9.9.9")
+    after = sealed(fleet, machine)
+    assert "9.9.9" in machine.run("dpkg", "-s", "k3sagentd")
+    assert after["node"]["id"] == before["node"]["id"]
+    assert after["site"]["ca_hash"] == before["site"]["ca_hash"]
+    assert machine.run("systemctl", "show", "-P", "MainPID", "k3s") == pid
+    assert machine.run("cat", "/etc/k3sagentd/config.yaml.d/README") == mine
+    machine.assert_healthy()
+
+
+def test_remove_and_purge_leave_k3s_and_its_data(machine: Machine) -> None:
+    pid = machine.run("systemctl", "show", "-P", "MainPID", "k3s")
+    machine.run("apt-get", "remove", "-q", "-y", "k3sagentd")
+    assert state(machine) == "inactive"
+    assert state(machine, "k3sagentd-apply.path") == "inactive"
+    assert machine.run("ls", "/etc/k3sagentd/token", "/var/lib/k3sagentd/node.key")
+    assert machine.run("systemctl", "show", "-P", "MainPID", "k3s") == pid
+    machine.run("apt-get", "purge", "-q", "-y", "k3sagentd")
+    for path in STATE:
+        assert machine.run("ls", "-d", path, check=False).startswith("ls: cannot access"), path
+    for path in K3S:
+        machine.run("ls", "-d", path)
+    assert machine.run("systemctl", "show", "-P", "MainPID", "k3s") == pid
+    machine.assert_healthy()
+
+
+def fleet_until(machine: Machine, wanted: str) -> None:
+    """Wait for the daemon's unit."""
+    script = f"for i in $(seq 100); do [ $(systemctl is-active k3sagentd) = {wanted} ] && exit 0"
+    machine.run("sh", "-c", f"{script}; sleep 0.2; done; systemctl status k3sagentd; exit 1")
+
+
+def newer(machine: Machine, version: str) -> None:
+    """Install the same packages with a higher version."""
+    work = base.ROOT / "build/newer"
+    shutil.rmtree(work, ignore_errors=True)
+    for deb in sorted((base.ROOT / "build/deb").glob("*.deb")):
+        tree = work / deb.stem
+        subprocess.run(["dpkg-deb", "-R", deb, tree], check=True)
+        control = tree / "DEBIAN/control"
+        old = next(
+            line.split()[1] for line in control.read_text().splitlines() if line[:8] == "Version:"
+        )
+        control.write_text(control.read_text().replace(old, version))
+        name = f"{deb.name.split('_')[0]}_{version}_all.deb"
+        subprocess.run(["dpkg-deb", "-b", tree, work / name], check=True, capture_output=True)
+        machine.put_now(f"/tmp/{name}", Path(work / name).read_bytes())
+    machine.run("sh", "-c", f"apt-get install -q -y /tmp/*_{version}_all.deb")
