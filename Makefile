@@ -10,10 +10,11 @@ VENV    = build/venv
 RUNTIME = python3 python3-zeroconf python3-ifaddr python3-aiohttp python3-cryptography \
           python3-systemd python3-yaml
 LAB     = $(RUNTIME) etcd-server iproute2 nftables util-linux
-TEST    = $(LAB) python3-pytest etcd-client faketime avahi-daemon openssl strace
-LINT    = $(TEST) python3-venv python3-pip
 DEB     = mmdebstrap git
-REPO    = reprepro gnupg
+REPO    = $(DEB) reprepro gnupg
+FLEET   = $(LAB) $(REPO) python3-pytest systemd-container
+TEST    = $(FLEET) etcd-client faketime avahi-daemon openssl strace
+LINT    = $(TEST) python3-venv python3-pip
 install = dpkg -s $(1) >/dev/null 2>&1 || { apt-get update -q && \
           DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends $(1); }
 
@@ -63,9 +64,14 @@ deb:  ## the packages, in build/deb; built twice and compared, and checked by li
 	@packaging/build/deb --check
 
 apt-repo:  ## a signed APT repository of them, in build/apt-repo
-	@$(call install,$(DEB) $(REPO)) >/dev/null
+	@$(call install,$(REPO)) >/dev/null
 	@packaging/build/deb
 	@packaging/build/apt-repo
+
+fleet:  ## booted Debian machines: all of one release, of the other, and a mix; FLEET_SEED=…
+	@$(call install,$(FLEET)) >/dev/null
+	@for releases in bookworm trixie bookworm,trixie; do \
+	    FLEET_RELEASES=$$releases $(PYTHON) -m pytest -s tests/fleet || exit 1; done
 
 docs:  ## the pages that are made from the code
 	$(PYTHON) -m tests.lifecycle_doc > docs/lifecycle.md

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import hmac
 import logging
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 from systemd.journal import JournalHandler
@@ -24,6 +26,17 @@ def watchdog_s() -> float | None:
     if not usec.isdigit() or (pid is not None and pid != str(os.getpid())):
         return None
     return int(usec) / 2_000_000
+
+
+def machine_mark(site_id: str) -> str | None:
+    """A mark of this machine's id that says nothing of the id itself, as machine-id(5) asks."""
+    try:
+        machine_id = Path("/etc/machine-id").read_text().strip()
+    except OSError:
+        return None
+    if len(machine_id) != 32:
+        return None
+    return hmac.new(machine_id.encode(), site_id.encode(), "sha256").hexdigest()[:16]
 
 
 def _stderr_is_the_journal() -> bool:

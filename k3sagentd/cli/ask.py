@@ -133,6 +133,7 @@ def table(found: dict[str, Any], *, colour: bool | None = None) -> str:
         facts.append(("Register at", " ".join(site["registration"])))
     if node["waiting_for"]:
         facts.append(("Waiting for", node["waiting_for"]))
+    facts += [("Note", note) for note in node["notes"]]
     width = max(len(name) for name, _ in facts)
     lines = [f"{name:>{width}}: {value}" for name, value in facts]
     return "\n".join([*lines, "", *rows(found["nodes"], colour=colour)])

@@ -77,6 +77,7 @@ def own_hello(node: Node) -> Hello:
         k3s_role=k3s_role(node),
         prepared=node.drive.prepared,
         server_url=server_url(node),
+        machine=node.site.machine,
     )
     if before is not None and hello != before:
         return replace(hello, revision=before.revision + 1)

@@ -56,6 +56,8 @@ class Hello:
     """Downloaded and preflight passed: joining takes only a start."""
     server_url: str | None
     """``https://host:6443`` while its server is ready."""
+    machine: str | None = None
+    """A mark of its machine-id; two nodes with one were copied from one card."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -40,6 +40,8 @@ class Site:
     settle_s: float = 3.0
     abandon_after_s: float = 1800.0
     registration_address: str | None = None
+    machine: str | None = None
+    """A mark of the machine-id, which no two machines should share; nothing is decided by it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

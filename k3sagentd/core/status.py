@@ -171,6 +171,22 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.0f} h"
 
 
+def notes(node: Node) -> list[str]:
+    """What keeps nothing from going on, but should be mended."""
+    twins = sorted(
+        node.name_of(peer.hello.node)
+        for peer in node.peers.values()
+        if node.site.machine is not None and peer.hello.machine == node.site.machine
+    )
+    if not twins:
+        return []
+    return [
+        f"{', '.join(twins)} has this machine's machine-id: the card was copied after its first "
+        "boot; on all but one: rm -f /etc/machine-id /var/lib/dbus/machine-id; "
+        "systemd-machine-id-setup; reboot"
+    ]
+
+
 def shown_role(node: Node) -> str:
     """K3s's role once it is known, else what the operator asked for."""
     return str(k3s_role(node) or node.site.role)
@@ -206,6 +222,7 @@ def as_json(node: Node, now_s: float) -> dict[str, Any]:
             "role": shown_role(node),
             "phase": str(node.phase),
             "waiting_for": waiting_for(node, now_s),
+            "notes": notes(node),
             "refused": [{"address": a, "reason": r} for a, r in node.refused.items()],
         },
         "nodes": sorted(

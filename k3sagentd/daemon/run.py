@@ -65,6 +65,7 @@ class Daemon:
             settle_s=config.settle_s,
             abandon_after_s=config.abandon_after_s,
             registration_address=config.registration_address,
+            machine=systemd.machine_mark(keys.site_id),
         )
         durable = store.load(paths.state, identity.node)
         node: Node = machine.new_node(site, durable, time.monotonic())
@@ -87,6 +88,7 @@ class Daemon:
         self._pending_hello: asyncio.TimerHandle | None = None
         self._listening = False
         self._shown: str | None = None
+        self._notes: list[str] = []
         self._hinted: asyncio.Task[None] | None = None
         self.engine.on_change = self._changed
 
@@ -117,6 +119,10 @@ class Daemon:
         if shown != self._shown:
             self._shown = shown
             systemd.notify(STATUS=shown)
+        if (notes := status.notes(self.engine.node)) != self._notes:
+            self._notes = notes
+            for note in notes:
+                log.warning("%s", note)
         self.drive.wake()
         if self.engine.node.seal is not None and not self._hinted:
             self._hinted = asyncio.get_running_loop().create_task(self._mdns.hint(self._hints()))

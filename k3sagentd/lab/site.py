@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -95,6 +96,7 @@ class Lab:
         for each in DIRECTORIES:
             (machine / each).mkdir(parents=True, exist_ok=True)
         (machine / "etc/hostname").write_text(f"{hostname or name}\n")
+        (machine / "etc/machine-id").write_text(f"{secrets.token_hex(16)}\n")
         token = machine / "etc/k3sagentd/token"
         token.write_text(other.pop("token", self.token) + "\n")
         token.chmod(0o600)

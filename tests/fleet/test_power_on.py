@@ -3,6 +3,8 @@
 
 import random
 import re
+import shutil
+import subprocess
 import time
 
 import pytest
@@ -177,6 +179,28 @@ def test_a_late_machine_installs_from_the_repository_and_joins(site: Fleet) -> N
     names = {row["name"] for row in view["nodes"]}
     assert len(names) == 6, "every machine is called raspberrypi, but no two nodes of K3s"
     late.assert_healthy()
+
+
+def test_a_cloned_card_is_a_machine_of_its_own(site: Fleet) -> None:
+    """Its card has all that the first machine keeps, its votes and its machine-id included."""
+    first, clone = site.machines[0], site.add(RELEASES[0])
+    before = site.complete(6)[first.name]
+    for path in ("etc/machine-id", "etc/k3sagentd", "var/lib/k3sagentd"):
+        source, copy = first.disk / path, clone.disk / path
+        if source.is_dir():
+            shutil.copytree(source, copy)
+        else:
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source, copy)
+    subprocess.run(["chown", "-R", "--reference", first.disk / "var/lib/k3sagentd",
+                    clone.disk / "var/lib/k3sagentd"], check=True)  # fmt: skip
+    clone.on()
+    view = site.complete(7)[clone.name]
+    assert view["node"]["id"] != before["node"]["id"]
+    journal = clone.run("journalctl", "-u", "k3sagentd", "--no-pager", "-o", "cat")
+    assert "the card was moved here from another machine" in journal
+    assert "has this machine's machine-id: the card was copied after its first boot" in journal
+    assert "machine-id" in clone.run("k3sagentd", "status")
 
 
 def _quote(text: str) -> str:

@@ -16,7 +16,7 @@ VIEW = {
     "site": {"id": "s", "phase": "sealed", "epoch": 0, "nodes": 2, "servers": 1, "seen": 2,
              "quorum": 2, "registration": ["https://10.0.0.1:6443"]},
     "node": {"id": "a" * 32, "name": "n1", "role": "server", "phase": "ready",
-             "waiting_for": None},
+             "waiting_for": None, "notes": ["n2 has this machine's machine-id"]},
     "nodes": [
         {"id": "a" * 32, "name": "n1", "address": "10.0.0.1", "role": "server",
          "phase": "ready", "age_s": 0.0},
@@ -43,7 +43,7 @@ def run(*arguments: str) -> tuple[int, str]:
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (("status",), 69, "the daemon does not answer"),
+        (("status",), 69, "unconfigured: the daemon waits for /etc/k3sagentd/config.yaml"),
         (("registration",), 69, "the daemon does not answer"),
         (("wait", "--for", "sealed"), 69, "the daemon does not answer"),
         (("wait", "--for", "never"), 64, "invalid choice"),
@@ -74,6 +74,7 @@ def test_root_is_asked_for_in_one_line(arguments: list[str], monkeypatch, capsys
 def test_the_table_is_aligned_and_plain() -> None:
     lines = table(VIEW, colour=False).splitlines()
     assert lines[0] == "       Site: s (sealed, epoch 0)"
+    assert "       Note: n2 has this machine's machine-id" in lines
     assert lines[-2:] == [
         "n1    10.0.0.1  server  ready    now      aaaaaaaa",
         "n2    -         agent   joining  3 s ago  bbbbbbbb",
