@@ -178,13 +178,14 @@ def notes(node: Node) -> list[str]:
         for peer in node.peers.values()
         if node.site.machine is not None and peer.hello.machine == node.site.machine
     )
-    if not twins:
-        return []
-    return [
-        f"{', '.join(twins)} has this machine's machine-id: the card was copied after its first "
-        "boot; on all but one: rm -f /etc/machine-id /var/lib/dbus/machine-id; "
-        "systemd-machine-id-setup; reboot"
-    ]
+    found = [node.durable.muted] if node.durable.muted else []
+    if twins:
+        found.append(
+            f"{', '.join(twins)} has this machine's machine-id: the card was copied after its "
+            "first boot; on all but one: rm -f /etc/machine-id /var/lib/dbus/machine-id; "
+            "systemd-machine-id-setup; reboot"
+        )
+    return found
 
 
 def shown_role(node: Node) -> str:

@@ -32,13 +32,17 @@ mount -t overlay overlay -o lowerdir={base},upperdir={upper},workdir={work} {roo
 mount -t cgroup2 cgroup2 /sys/fs/cgroup
 mkdir -p /sys/fs/cgroup/{cgroup}/{name}
 echo $$ > /sys/fs/cgroup/{cgroup}/{name}/cgroup.procs
-exec systemd-nspawn --quiet --boot --directory={root} --machine={name} \
+# Entered already here, so that /sys shows the machine's own interface, and so its own hardware.
+exec nsenter --net={network} systemd-nspawn --quiet --boot --directory={root} --machine={name} \
     --register=no --keep-unit --resolv-conf=off --timezone=off --link-journal=no \
     --network-namespace-path={network} --console=pipe --kill-signal=SIGRTMIN+3 {more}
 """
 CLEAN = r"""
 mount -t cgroup2 cgroup2 /sys/fs/cgroup
-[ ! -d /sys/fs/cgroup/{cgroup} ] || find /sys/fs/cgroup/{cgroup} -depth -type d -exec rmdir {{}} +
+[ -d /sys/fs/cgroup/{cgroup} ] || exit 0
+echo 1 > /sys/fs/cgroup/{cgroup}/cgroup.kill
+while grep -q 'populated 1' /sys/fs/cgroup/{cgroup}/cgroup.events; do sleep 0.1; done
+find /sys/fs/cgroup/{cgroup} -depth -type d -exec rmdir {{}} +
 """
 
 
@@ -203,12 +207,21 @@ class Machine:
 
 
 def take_down(machines: list[Machine]) -> None:
-    """Cut the power of all, and remove every trace."""
+    """Cut the power of all, and remove every trace, also of a run that was killed."""
     for machine in machines:
         if machine.process is not None:
             machine.cut()
-    network.unplug_all()
-    shutil.rmtree(FLEET / "machines", ignore_errors=True)
     clean = CLEAN.format(cgroup=CGROUP)
     command = ["unshare", "--mount", "--propagation", "private", "sh", "-c", clean]
     subprocess.run(command, check=False, stderr=subprocess.DEVNULL)
+    for namespace in network.NETNS.glob(f"{network.PREFIX}*"):
+        for pid in network.run("ip", "netns", "pids", namespace.name).split():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
+    network.unplug_all()
+    shutil.rmtree(FLEET / "machines", ignore_errors=True)
+
+
+if __name__ == "__main__":
+    take_down([])
+    shutil.rmtree(FLEET, ignore_errors=True)

@@ -143,3 +143,21 @@ def newer(machine: Machine, version: str) -> None:
         subprocess.run(["dpkg-deb", "-b", tree, work / name], check=True, capture_output=True)
         machine.put_now(f"/tmp/{name}", Path(work / name).read_bytes())
     machine.run("sh", "-c", f"apt-get install -q -y /tmp/*_{version}_all.deb")
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_autopkgtests(fleet: Fleet, release: str) -> None:
+    """As autopkgtest runs them: in the source tree, on a machine that has the packages."""
+    machine = fleet.add(release)
+    machine.on()
+    machine.booted()
+    for directory in ("debian/tests", "tests/fleet/site"):
+        for file in (base.ROOT / directory).iterdir():
+            mode = file.stat().st_mode & 0o777
+            machine.put_now(f"/root/source/{directory}/{file.name}", file.read_bytes(), mode)
+    control = (base.ROOT / "debian/tests/control").read_text()
+    names = [line.split()[1] for line in control.splitlines() if line.startswith("Tests:")]
+    assert names
+    for name in names:
+        machine.run("sh", "-c", f"cd /root/source && debian/tests/{name}")
+    machine.assert_healthy()

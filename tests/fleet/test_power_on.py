@@ -199,7 +199,7 @@ def test_a_cloned_card_is_a_machine_of_its_own(site: Fleet) -> None:
     assert view["node"]["id"] != before["node"]["id"]
     journal = clone.run("journalctl", "-u", "k3sagentd", "--no-pager", "-o", "cat")
     assert "the card was moved here from another machine" in journal
-    assert "has this machine's machine-id: the card was copied after its first boot" in journal
+    assert "has this machine's machine-id: the card was copied after its" in journal
     assert "machine-id" in clone.run("k3sagentd", "status")
 
 
