@@ -28,6 +28,11 @@ def watchdog_s() -> float | None:
     return int(usec) / 2_000_000
 
 
+def is_unit() -> bool:
+    """Whether this very process was started by systemd (systemd.exec(5), $SYSTEMD_EXEC_PID)."""
+    return os.environ.get("SYSTEMD_EXEC_PID") == str(os.getpid())
+
+
 def machine_mark(site_id: str) -> str | None:
     """A mark of this machine's id that says nothing of the id itself, as machine-id(5) asks."""
     try:

@@ -16,9 +16,10 @@ import urllib.request
 from pathlib import Path
 from typing import Protocol
 
+from k3sagentd import systemd
 from k3sagentd.config import Config
 from k3sagentd.core.k3s import Order, ServerOrAgent
-from k3sagentd.errors import MachineError
+from k3sagentd.errors import ConfigError, MachineError
 from k3sagentd.k3s import supervise
 from k3sagentd.paths import Paths
 
@@ -49,8 +50,16 @@ class Method(Protocol):
 
 
 def method(config: Config, paths: Paths) -> Method:
-    """The method that is configured."""
+    """The method that is configured; raises ConfigError.
+
+    What ``exec`` starts would end with the unit that started it.
+    """
     if config.install.method == "exec":
+        if systemd.is_unit():
+            raise ConfigError(
+                f"{paths.config}: install.method is exec; allowed where systemd runs: script (a "
+                "file of yours may set INSTALL_K3S_SKIP_DOWNLOAD=true for a binary that is here)"
+            )
         return Exec(config.install.binary, paths)
     return Script(config, paths)
 

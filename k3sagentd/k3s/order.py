@@ -7,11 +7,12 @@ and each field has a form that is checked here.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
+import secrets
 import stat
-import tempfile
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -40,25 +41,27 @@ def write_order(paths: Paths, order: Order) -> None:
 
 
 def take_order(paths: Paths) -> Order | None:
-    """For root: remove the order and return it; None where there is none. Raises DataError."""
+    """For root: take the order away and return it; None where there is none. Raises DataError.
+
+    Taken by its name before it is looked at, whatever it is: a bad order must not start us again
+    and again, and one that comes meanwhile must not be lost.
+    """
+    taken = paths.run / f".taken-{secrets.token_hex(8)}"
     try:
-        fd = os.open(paths.order, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        paths.order.rename(taken)
     except FileNotFoundError:
         return None
+    try:
+        data = _read(taken)
     except OSError as error:
-        if error.errno in (errno.ELOOP, errno.ENXIO):  # a symbolic link; a socket
-            _remove(paths)
-            raise DataError(f"{paths.order} is no plain file") from error
-        raise
-    status = os.fstat(fd)
-    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
-        os.close(fd)
-        _remove(paths)
+        if error.errno not in (errno.ELOOP, errno.ENXIO):  # a symbolic link; a socket
+            raise
+        data = None
+    finally:
+        with contextlib.suppress(IsADirectoryError):
+            taken.unlink()
+    if data is None:
         raise DataError(f"{paths.order} is no plain file")
-    with os.fdopen(fd, "rb") as file:
-        data = file.read(ORDER_LIMIT_BYTES + 1)
-    # Taken before it is looked at: a bad order must not start us again and again.
-    paths.order.unlink(missing_ok=True)
     if len(data) > ORDER_LIMIT_BYTES:
         raise DataError(f"{paths.order} has more than {ORDER_LIMIT_BYTES} bytes")
     order = schema.loads(Order, data)
@@ -66,12 +69,16 @@ def take_order(paths: Paths) -> Order | None:
     return order
 
 
-def _remove(paths: Paths) -> None:
-    """Take away what is no order, of whatever kind it is, so that it does not start us again."""
+def _read(taken: Path) -> bytes | None:
+    """Its bytes, one more than the limit at most; None for what is no plain file."""
+    fd = os.open(taken, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        paths.order.unlink(missing_ok=True)
-    except IsADirectoryError:
-        paths.order.rename(Path(tempfile.mkdtemp(prefix="refused-", dir=paths.root_run)) / "order")
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+            return None
+        return os.read(fd, ORDER_LIMIT_BYTES + 1)
+    finally:
+        os.close(fd)
 
 
 def check(order: Order) -> None:

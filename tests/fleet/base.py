@@ -2,6 +2,7 @@
 """What the fleet is made from, once each run: the packages, their repository, a base a release."""
 
 import hashlib
+import os
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -92,7 +93,8 @@ def _package() -> None:
 
 def _debian(release: str) -> Path:
     base = FLEET / f"base-{release}"
-    run("mmdebstrap", "--quiet", "--variant=apt", f"--include={PACKAGES}", release, base)
+    mirror = [os.environ["DEBIAN_MIRROR"]] if os.environ.get("DEBIAN_MIRROR") else []
+    run("mmdebstrap", "--quiet", "--variant=apt", f"--include={PACKAGES}", release, base, *mirror)
     return base
 
 

@@ -3,6 +3,7 @@
 
 import hashlib
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from k3sagentd.discovery.addresses import Attachment
 from k3sagentd.errors import ConfigError, MachineError
 from k3sagentd.k3s import dropin, facts, flags
 from k3sagentd.k3s.apply import apply
-from k3sagentd.k3s.install import Script
+from k3sagentd.k3s.install import Script, method
 from k3sagentd.k3s.order import read_result, write_order
 from k3sagentd.k3s.probe import hash_of_cacerts
 from k3sagentd.paths import Paths
@@ -111,6 +112,14 @@ def script(paths: Paths, text: str, more: str = "") -> Script:
     file.write_text(text.replace("{root}", str(paths.root)))
     configure(paths, f"install:\n  script: {file}\n{more}")
     return Script(load_config(paths), paths)
+
+
+def test_exec_is_refused_under_systemd(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
+    configure(paths, "install: {method: exec}\n")
+    method(load_config(paths), paths)
+    monkeypatch.setenv("SYSTEMD_EXEC_PID", str(os.getpid()))
+    with pytest.raises(ConfigError, match=r"install.method is exec; allowed .*: script"):
+        method(load_config(paths), paths)
 
 
 def test_the_install_script_starts_nothing_and_sees_no_token(paths: Paths, monkeypatch) -> None:

@@ -2,6 +2,7 @@
 """Root reads an order as if an attacker had written it."""
 
 import contextlib
+import json
 import os
 import socket
 from collections.abc import Callable
@@ -71,6 +72,28 @@ def test_bad_fields_are_refused_and_the_order_is_gone(paths: Paths, change: dict
     assert not paths.order.exists()
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"command": "reboot"},
+        {"epoch": "0"},
+        {"epoch": True},
+        {"servers": "https://10.0.0.1:6443"},
+        {"servers": [1]},
+        {"action": "exec"},
+        {"role": None},
+        {"shared_flags": {"disable": ["a"]}},
+        {"node_name": {"a": 1}},
+    ],
+)
+def test_unknown_keys_and_wrong_types_are_refused(paths: Paths, change: dict) -> None:
+    write_order(paths, JOIN)
+    paths.order.write_text(json.dumps(json.loads(paths.order.read_text()) | change))
+    with pytest.raises(DataError):
+        take_order(paths)
+    assert not paths.order.exists()
+
+
 @pytest.mark.parametrize("data", [b"", b"[]", b"{", b'{"action": "init"}', b"x" * 20000])
 def test_bytes_that_are_no_order(paths: Paths, data: bytes) -> None:
     paths.order.write_bytes(data)
@@ -113,3 +136,21 @@ def test_what_is_no_plain_file_is_refused_and_gone(
     assert target.read_text() == "{}"
     assert not os.path.lexists(paths.order)
     assert take_order(paths) is None  # the path unit is not started again and again
+
+
+def test_an_order_that_comes_while_another_is_taken_is_not_lost(
+    paths: Paths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_order(paths, JOIN)
+    newer = replace(JOIN, attempt=1)
+    real = os.open
+
+    def open_late(path: Path, *rest: int) -> int:
+        monkeypatch.undo()
+        write_order(paths, newer)
+        return real(path, *rest)
+
+    monkeypatch.setattr(os, "open", open_late)
+    assert take_order(paths) == JOIN
+    assert take_order(paths) == newer
+    assert take_order(paths) is None
