@@ -100,7 +100,12 @@ class Lab:
         token = machine / "etc/k3sagentd/token"
         token.write_text(other.pop("token", self.token) + "\n")
         token.chmod(0o600)
-        config: dict[str, Any] = {"nodes": self.nodes, "install": {"method": "exec"}}
+        config: dict[str, Any] = {
+            "nodes": self.nodes,
+            "install": {"method": "exec"},
+            # The clock is the host's, and must stay as it is.
+            "ignore-preflight": ["clock"],
+        }
         if self.servers is not None:
             config["servers"] = self.servers
         if role is not None:
