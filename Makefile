@@ -14,7 +14,8 @@ DEB     = mmdebstrap git
 REPO    = $(DEB) reprepro gnupg
 FLEET   = $(LAB) $(REPO) python3-pytest systemd-container
 TEST    = $(FLEET) etcd-client faketime avahi-daemon openssl strace
-LINT    = $(TEST) python3-venv python3-pip
+LINT    = $(TEST) python3-venv python3-pip shellcheck
+SCRIPTS = $(shell git grep -lE '^.!/bin/(ba)?sh' -- ':!debian/*.postrm')
 install = dpkg -s $(1) >/dev/null 2>&1 || { apt-get update -q && \
           DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends $(1); }
 
@@ -48,10 +49,11 @@ bench:  ## figures beside their references, in build/bench.json
 	@$(call install,$(TEST)) >/dev/null
 	@$(PYTHON) -m tests.bench.run --idle-seconds $(SECONDS_IDLE)
 
-lint: $(VENV)/.done  ## ruff and mypy --strict
+lint: $(VENV)/.done  ## ruff, mypy --strict, shellcheck
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	shellcheck $(SCRIPTS)
 
 $(VENV)/.done: Makefile
 	@$(call install,$(LINT)) >/dev/null
