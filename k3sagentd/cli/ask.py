@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import sys
@@ -15,6 +16,7 @@ from k3sagentd.identity import put_aside
 from k3sagentd.paths import Paths
 
 WATCH_S = 60.0
+RETRY_S = 0.5
 GREEN, YELLOW, RED, PLAIN = "\x1b[32m", "\x1b[33m", "\x1b[31m", "\x1b[0m"
 COLOURS = {"ready": GREEN, "sealed": GREEN, "failed": RED, "conflict": RED}
 
@@ -65,13 +67,20 @@ def _unconfigured(paths: Paths) -> str | None:
 
 
 async def wait(paths: Paths, goal: str, timeout_s: float) -> int:
-    """``k3sagentd wait``: 0, or TimedOutError; a conflict is not waited out."""
+    """``k3sagentd wait``: 0, or TimedOutError; a conflict is not waited out, a silent daemon is."""
     client = ControlClient(paths.control)
     deadline = time.monotonic() + timeout_s
     after = -1
     while True:
         left_s = max(0.0, deadline - time.monotonic())
-        answer = await client.status(after, min(WATCH_S, left_s) if after >= 0 else 0.0)
+        try:
+            answer = await client.status(after, min(WATCH_S, left_s) if after >= 0 else 0.0)
+        except UnavailableError as error:
+            if left_s == 0:
+                reason = _unconfigured(paths) or str(error)
+                raise TimedOutError(f"not {goal} after {timeout_s:.0f} s; {reason}") from error
+            await asyncio.sleep(min(RETRY_S, left_s))
+            continue
         after, found = answer["rev"], answer["status"]
         if reached(goal, found):
             return 0

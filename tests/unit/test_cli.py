@@ -45,7 +45,7 @@ def run(*arguments: str) -> tuple[int, str]:
     [
         (("status",), 69, "unconfigured: the daemon waits for /etc/k3sagentd/config.yaml"),
         (("registration",), 69, "the daemon does not answer"),
-        (("wait", "--for", "sealed"), 69, "the daemon does not answer"),
+        (("wait", "--for", "sealed", "--timeout", "1s"), 75, "not sealed after 1 s; unconfigured"),
         (("wait", "--for", "never"), 64, "invalid choice"),
         (("cluster-init",), 64, "--force"),
         (("fly",), 64, "invalid choice"),
