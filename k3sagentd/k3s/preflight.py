@@ -10,6 +10,7 @@ import shutil
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from k3sagentd.config import Config
 from k3sagentd.core.k3s import Datastore, ServerOrAgent
@@ -131,9 +132,12 @@ def check_cgroup(config: Config, paths: Paths) -> None:
     """
     controllers = paths.root / "sys/fs/cgroup/cgroup.controllers"
     try:
-        if "memory" in controllers.read_text().split():
-            return
+        is_on = "memory" in controllers.read_text().split()
     except OSError:
+        return
+    stamp = paths.root_state / "rebooted-for-cgroup"
+    if is_on:
+        stamp.unlink(missing_ok=True)
         return
     off = f"the memory cgroup is off ({controllers})"
     file = next((path for path in paths.cmdlines if path.is_file()), None)
@@ -149,11 +153,10 @@ def check_cgroup(config: Config, paths: Paths) -> None:
         if "\n" in line:
             raise HopelessError(f"{off}; {file} has more than one line; add {MEMORY_WORD} by hand")
         write_atomically(file, f"{line} {MEMORY_WORD}\n".encode(), mode=0o755)
-    _reboot(config, paths, f"{off}; {MEMORY_WORD} is in {file} now")
+    _reboot(config, stamp, f"{off}; {MEMORY_WORD} is in {file} now")
 
 
-def _reboot(config: Config, paths: Paths, why: str) -> None:
-    stamp = paths.root_state / "rebooted-for-cgroup"
+def _reboot(config: Config, stamp: Path, why: str) -> None:
     if stamp.exists():
         raise HopelessError(f"{why}, and was at the last boot: the kernel does not heed it")
     if not config.allow_reboot:

@@ -71,6 +71,14 @@ def test_it_reboots_only_when_allowed_and_only_once(pi: Paths) -> None:
     with pytest.raises(HopelessError, match="the kernel does not heed it"):
         preflight.check_cgroup(allowed, pi)
     assert not (pi.root / "reboots").exists()
+    # It worked after all; should a later kernel forget it, one more reboot is allowed.
+    controllers = pi.root / "sys/fs/cgroup/cgroup.controllers"
+    before = controllers.read_text()
+    controllers.write_text("cpu memory\n")
+    preflight.check_cgroup(allowed, pi)
+    controllers.write_text(before)
+    with pytest.raises(MachineError, match="this machine reboots"):
+        preflight.check_cgroup(allowed, pi)
 
 
 def test_a_command_line_of_more_lines_is_left_alone(pi: Paths) -> None:
