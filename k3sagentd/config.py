@@ -64,6 +64,7 @@ class Config:
     port: int = 6440
     settle_s: float = 3.0
     abandon_after_s: float = 1800.0
+    replace_after_s: float = 1800.0
     fix_cmdline: bool = False
     allow_reboot: bool = False
     ignore_preflight: tuple[str, ...] = ()
@@ -251,6 +252,7 @@ SETTINGS = (
     Setting("port", _integer(1, 65535), "port"),
     Setting("settle", _duration, "settle_s"),
     Setting("abandon-after", _duration, "abandon_after_s"),
+    Setting("replace-after", _duration, "replace_after_s"),
     Setting("fix-cmdline", _bool, "fix_cmdline"),
     Setting("allow-reboot", _bool, "allow_reboot"),
     Setting("ignore-preflight", _checks, "ignore_preflight"),

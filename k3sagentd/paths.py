@@ -47,6 +47,16 @@ class Paths:
         return self.run / "result.json"
 
     @property
+    def errand(self) -> Path:
+        """From the daemon to root: what to do in the cluster's API."""
+        return self.run / "errand.json"
+
+    @property
+    def errand_result(self) -> Path:
+        """From root to the daemon: what became of it, and what root saw."""
+        return self.run / "errand-result.json"
+
+    @property
     def facts(self) -> Path:
         """From root to the daemon: what is on this machine."""
         return self.run / "facts.json"

@@ -73,6 +73,12 @@ class Order:
     """Counts retries, so that a retry is a different order."""
     instance: str = ""
     """The run of the daemon that gave it: an answer to an earlier run's order is not its own."""
+    node: str = ""
+    """The machine's node id, for the label of its Node object (``cluster.NODE_LABEL``)."""
+    hardware: str | None = None
+    """The mark of its hardware, for the label ``cluster.HARDWARE_LABEL``."""
+    generation: int = 0
+    """Generation of the bootstrap log: the operator's forced starts so far."""
 
     def describe(self) -> str:
         """As people read it."""

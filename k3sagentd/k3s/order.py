@@ -31,6 +31,8 @@ NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 """A label of RFC 1123, as Kubernetes wants node names."""
 HASH = re.compile(r"[0-9a-f]{64}")
 INSTANCE = re.compile(r"[0-9a-f]{0,64}")
+"""A run of the daemon, and a node id: hex."""
+MARK = re.compile(r"[0-9a-f]{16}")
 FLAG_VALUE = re.compile(r"[\x20-\x7e]{0,1024}")
 EPOCH_LIMIT = 10**6
 
@@ -99,6 +101,12 @@ def check(order: Order) -> None:
         raise DataError(f"k3s_version is {order.k3s_version!r:.80}")
     if not INSTANCE.fullmatch(order.instance):
         raise DataError(f"instance is {order.instance!r:.80}")
+    if not INSTANCE.fullmatch(order.node):
+        raise DataError(f"node is {order.node!r:.80}")
+    if order.hardware is not None and not MARK.fullmatch(order.hardware):
+        raise DataError(f"hardware is {order.hardware!r:.80}")
+    if not 0 <= order.generation < EPOCH_LIMIT:
+        raise DataError(f"generation is {order.generation}")
     for flag, value in order.shared_flags.items():
         if flag not in SHARED or not FLAG_VALUE.fullmatch(value):
             raise DataError(f"shared flag {flag!r:.40} is {value!r:.80}")
