@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from k3sagentd.core.k3s import Outcome
-from k3sagentd.core.words import NodeId
+from k3sagentd.core.words import NodeId, short
 
 LEASE = "k3sagentd"
 """Name of the Lease in ``kube-system`` whose holder alone decides about servers and Nodes."""
@@ -29,6 +29,10 @@ class Roster:
 
     revision: int
     servers: tuple[NodeId, ...]
+
+    def describe(self) -> str:
+        """As people read it."""
+        return f"roster {self.revision} of {','.join(map(short, self.servers))}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,8 +98,7 @@ class Errand:
         """As people read it."""
         parts = ["hold the lease"] if self.hold else []
         if self.roster is not None:
-            named = ",".join(each[:8] for each in self.roster.servers)
-            parts.append(f"roster {self.roster.revision}: {named}")
+            parts.append(self.roster.describe())
         if self.drain:
             parts.append(f"drain {self.drain}")
         if self.remove:

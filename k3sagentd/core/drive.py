@@ -7,16 +7,16 @@ before ``seal`` is, servers one after the other (design, 4.3 and 4.5).
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
 
-from k3sagentd.core import guards, log
+from k3sagentd.core import guards, log, names, ranking
 from k3sagentd.core.effects import WriteOrder
-from k3sagentd.core.hello import k3s_role, own_url, url_of
+from k3sagentd.core.hello import has_etcd, k3s_role, own_url, url_of
 from k3sagentd.core.k3s import Action, Datastore, Order, Outcome, Result, ServerOrAgent
 from k3sagentd.core.log import Seal
-from k3sagentd.core.messages import Hello, Registration, RegistrationRequest
+from k3sagentd.core.messages import Hello
+from k3sagentd.core.registration import SERVERS_LIMIT, ask, ready_urls
 from k3sagentd.core.state import Drive, Node
 from k3sagentd.core.turn import Turn
 from k3sagentd.core.words import NodeId, NodePhase
@@ -26,15 +26,11 @@ RETRY_LIMIT_S = 300.0
 """Between attempts: 5 s as K3s's own unit (RestartSec), doubled up to five minutes."""
 FOR_GOOD_RETRY_S = 300.0
 """What needs a person is looked at again now and then, so that nobody has to tell us."""
+KEPT_OUT_S = 60.0
+"""K3s that was started to join and is not ready by then asks about its name again."""
 ORDER_TIMEOUT_S = 3600.0
 """After this an order without an end was lost with the process that had taken it: twice what an
 install may take."""
-ASK_S = 3.0
-"""Before another peer is asked for the registration."""
-COMMON_HOSTNAMES = frozenset({"raspberrypi", "localhost", "debian", "ubuntu", "dietpi", "armbian"})
-"""Names that images come with: never used alone as K3s's node name."""
-SERVERS_LIMIT = 16
-"""Registration addresses in one answer or order."""
 
 
 # --- what the site needs of this node -------------------------------------------------------
@@ -50,10 +46,54 @@ def started_epoch(node: Node) -> int | None:
     return node.facts.origin
 
 
+def _started_generation(node: Node) -> int:
+    if node.durable.started_epoch is not None or node.facts is None:
+        return node.durable.started_generation
+    return node.facts.origin_generation
+
+
+def has_own_start(node: Node) -> bool:
+    """Whether this machine's data is what it was told to start, and nothing else."""
+    durable, facts = node.durable, node.facts
+    if durable.started_epoch is None or facts is None:
+        return False
+    made = (facts.origin_generation, facts.origin)
+    return made == (durable.started_generation, durable.started_epoch)
+
+
 def must_stand_down(node: Node) -> bool:
     """Whether the epoch in which we were to start the cluster was abandoned."""
     started = started_epoch(node)
-    return started is not None and log.is_abandoned(node.log, started)
+    if started is None or _started_generation(node) != node.generation.number:
+        return False
+    return log.is_abandoned(node.log, started)
+
+
+def is_other_role(node: Node) -> bool:
+    """Whether K3s here was made for the other role than the roster gives this machine now.
+
+    By what it was last told; facts are of before K3s had begun.
+    """
+    role, facts, order = k3s_role(node), node.facts, node.drive.order
+    if role is None or facts is None or node.seal is None:
+        return False
+    made = order is not None and order.action in (Action.INIT, Action.JOIN)
+    if order is not None and made and node.drive.outcome is Outcome.DONE:
+        return order.role is not role
+    if role is ServerOrAgent.SERVER:
+        return facts.datastore is Datastore.AGENT
+    return facts.datastore in (Datastore.ETCD, Datastore.SQLITE)
+
+
+def moved(node: Node) -> str | None:
+    """This server's address is not the one that etcd knows it by (K3S.md 8)."""
+    known = node.facts.node_ip if node.facts is not None else None
+    if known is None or node.address in (None, known) or node.k3s.ready or not has_etcd(node):
+        return None
+    return (
+        f"etcd knows this server at {known}, its address is {node.address} now; give it back, or "
+        "run k3sagentd repair-addresses here"
+    )
 
 
 def init_failure(node: Node, now_s: float) -> str | None:
@@ -106,6 +146,8 @@ def is_member(node: Node) -> bool:
     facts, seal = node.facts, node.seal
     if facts is None or seal is None:
         return False
+    if is_other_role(node):
+        return False
     if node.k3s.ready and node.k3s.ca_hash == seal.ca_hash:
         return True
     if facts.datastore is Datastore.ETCD:
@@ -119,13 +161,19 @@ def join_barrier(node: Node) -> str | None:
     if nomination is None or k3s_role(node) is not ServerOrAgent.SERVER:
         return None
     heard = {hello.node: hello for hello in node.up}
-    founders = nomination.servers
+    founders = node.roster.servers
     turn = founders.index(node.id) if node.id in founders else len(founders)
     unprepared = [f for f in founders if f != node.id and not _prepared(heard.get(f))]
     if unprepared:
         return f"{_names(node, unprepared)} to be prepared (servers join when all are)"
     unready = [f for f in founders[:turn] if heard[f].server_url is None]
     return f"server {_names(node, unready[:1])} to be ready first" if unready else None
+
+
+def servers_missing(node: Node) -> list[NodeId]:
+    """Listed servers that are not ready: a member that goes now could take the quorum with it."""
+    heard = {hello.node: hello for hello in node.up}
+    return [s for s in node.roster.servers if s not in heard or heard[s].server_url is None]
 
 
 def _prepared(hello: Hello | None) -> bool:
@@ -162,7 +210,7 @@ def may_initialise(node: Node) -> bool:
     """
     if not node.is_init or guards.cluster_elsewhere(node) is not None:
         return False
-    if node.durable.forced:
+    if node.is_forced:
         return True
     newer = any(hello.log_length > len(node.log) for hello in node.up)
     return node.seen >= node.quorum and not newer
@@ -171,39 +219,74 @@ def may_initialise(node: Node) -> bool:
 def _join(turn: Turn) -> None:
     node = turn.node
     if is_member(node):
-        if node.is_init and not _other_servers(node):
+        if node.is_init and not ready_urls(node):
             _ensure(turn, Action.INIT)
         else:
             _ensure(turn, Action.JOIN)
+        return
+    if is_other_role(node) and k3s_role(node) is ServerOrAgent.AGENT:
+        if not servers_missing(node):
+            _ensure(turn, Action.STEP_DOWN)
         return
     if k3s_role(node) is ServerOrAgent.SERVER and not node.drive.prepared:
         _ensure(turn, Action.PREPARE)
         return
     if join_barrier(node) is None or _ordered(node, Action.JOIN):
         if node.drive.registration is None:
-            _ask(turn)
-        else:
-            _ensure(turn, Action.JOIN)
+            ask(turn)
+            return
+        _ensure(turn, Action.JOIN)
+        if is_kept_out(turn.node, turn.now_s):
+            ask(turn, again=True)
+
+
+def is_kept_out(node: Node, now_s: float) -> bool:
+    """Whether K3s was started and is not ready for long: perhaps its name is taken (K3S.md 7).
+
+    K3s tries by itself for ever; a server that is asked again sees to what is in its way.
+    """
+    drive = node.drive
+    joined = _ordered(node, Action.JOIN) and drive.outcome is Outcome.DONE
+    return joined and now_s >= drive.ordered_s + KEPT_OUT_S
 
 
 def _settle_in(turn: Turn) -> None:
     """Once other servers are ready, the init node is told to follow them like any other.
 
-    Else its ``cluster-init`` would found a second cluster if its data were ever lost.
+    Else its ``cluster-init`` would found a second cluster if its data were ever lost. And an agent
+    is told when none of the servers that it was pointed at is there any more.
     """
-    if turn.node.is_init and _other_servers(turn.node):
+    node = turn.node
+    if (node.is_init and ready_urls(node)) or is_adrift(node):
         _ensure(turn, Action.JOIN)
 
 
+def is_adrift(node: Node) -> bool:
+    """Whether an agent was last told of servers none of which is heard, while others are ready.
+
+    K3s's own load balancer follows servers that come and go, but not all at once (K3S.md 8).
+    """
+    order, ready = node.drive.order, ready_urls(node)
+    if k3s_role(node) is not ServerOrAgent.AGENT or order is None or not ready:
+        return False
+    return order.action is Action.JOIN and not set(ready) & set(order.servers)
+
+
 def _ordered(node: Node, action: Action) -> bool:
-    return node.drive.order is not None and node.drive.order.action is action
+    order = node.drive.order
+    return order is not None and order.action is action and order.role is _role(node)
+
+
+def _role(node: Node) -> ServerOrAgent:
+    return k3s_role(node) or ServerOrAgent.SERVER
 
 
 def _ensure(turn: Turn, action: Action) -> None:
     drive = turn.node.drive
     if _ordered(turn.node, action):
         due_s = order_due_s(drive)
-        if due_s is None or turn.now_s < due_s:
+        again = is_adrift(turn.node) and drive.outcome is Outcome.DONE
+        if not again and (due_s is None or turn.now_s < due_s):
             return
         attempt = drive.order.attempt + 1 if drive.order else 0
     else:
@@ -226,49 +309,41 @@ def order_due_s(drive: Drive) -> float | None:
 
 def _remember(turn: Turn, action: Action) -> None:
     """Make durable what must be known after a power cut that follows the order."""
-    durable = turn.node.durable
-    name = durable.node_name or choose_name(turn.node)
-    epoch = durable.started_epoch
-    if action is Action.INIT:
-        epoch = log.epoch(turn.node.log)
-    if (name, epoch) != (durable.node_name, durable.started_epoch):
-        turn.persist(node_name=name, started_epoch=epoch)
-
-
-def choose_name(node: Node) -> str:
-    """K3s's name for this node: the hostname, made unique where others have or may have it."""
-    hostname = node.site.hostname
-    if guards.existing_cluster(node) is not None:
-        return hostname
-    taken = {
-        name for peer in node.peers.values() for name in (peer.hello.hostname, peer.hello.node_name)
-    }
-    if hostname in taken or hostname in COMMON_HOSTNAMES:
-        return f"{hostname[:54].rstrip('-')}-{node.id[:8]}"
-    return hostname
+    node = turn.node
+    durable = node.durable
+    name = durable.node_name or names.choose(node)
+    epoch, generation = durable.started_epoch, durable.started_generation
+    if action is Action.INIT and not (node.is_forced and has_own_start(node)):
+        epoch, generation = log.epoch(node.log), node.generation.number
+    before = (durable.node_name, durable.started_epoch, durable.started_generation)
+    if (name, epoch, generation) != before:
+        turn.persist(node_name=name, started_epoch=epoch, started_generation=generation)
 
 
 def _order(node: Node, action: Action) -> Order:
-    epoch = log.epoch(node.log)
-    if action is Action.STAND_DOWN:
-        epoch = started_epoch(node) or 0
+    epoch, generation = log.epoch(node.log), node.generation.number
+    if action in (Action.STAND_DOWN, Action.INIT):
+        epoch, generation = started_epoch(node) or 0, _started_generation(node)
     servers: tuple[str, ...] = ()
     flags: Mapping[str, str] = {}
     if action is Action.JOIN and node.seal is not None:
         known = node.drive.registration.servers if node.drive.registration else ()
-        urls = _other_servers(node) or known or node.seal.addresses
+        urls = ready_urls(node) or known or node.seal.addresses
         servers = tuple(url for url in urls if url != own_url(node))[:SERVERS_LIMIT]
         flags = node.seal.shared_flags
     return Order(
         action=action,
         epoch=epoch,
-        role=k3s_role(node) or ServerOrAgent.SERVER,
+        role=_role(node),
         node_name=node.durable.node_name or node.site.hostname,
         servers=servers or (node.seal.addresses if action is Action.JOIN and node.seal else ()),
         ca_hash=node.seal.ca_hash if node.seal else None,
         k3s_version=node.seal.k3s_version if node.seal else None,
         shared_flags=flags,
         instance=node.site.instance,
+        node=node.id,
+        hardware=node.site.hardware,
+        generation=generation,
     )
 
 
@@ -279,7 +354,10 @@ def on_result(turn: Turn, result: Result) -> None:
         return
     retry_at_s = None
     if result.outcome is Outcome.FAILED:
-        retry_at_s = turn.now_s + min(RETRY_LIMIT_S, RETRY_S * 2 ** min(drive.order.attempt, 6))
+        pause_s = min(RETRY_LIMIT_S, RETRY_S * 2 ** min(drive.order.attempt, 6))
+        # Machines that failed together do not come back together.
+        share = ranking.lot(turn.node.site.election_key, turn.node.id)[drive.order.attempt % 32]
+        retry_at_s = turn.now_s + pause_s * (1.0 + share / 510)
     elif result.outcome is Outcome.FAILED_FOR_GOOD:
         retry_at_s = turn.now_s + FOR_GOOD_RETRY_S
     prepared = drive.prepared or (
@@ -298,68 +376,3 @@ def on_result(turn: Turn, result: Result) -> None:
 def reset(turn: Turn) -> None:
     """Forget orders of an epoch that is over."""
     turn.set(drive=Drive())
-
-
-# --- registration ---------------------------------------------------------------------------
-
-
-def _ask(turn: Turn) -> None:
-    """Ask one sealed peer where to join; the next one when it does not answer in time."""
-    node = turn.node
-    if turn.now_s < node.drive.asked_s + ASK_S:  # as in machine.deadline, to the last bit
-        return
-    sealed = [h.node for h in node.up if h.log_length >= len(node.log)]
-    if not sealed:
-        return
-    order = spread(node.id, sealed)
-    asked = node.drive.asked
-    after = order.index(asked) + 1 if asked in order else 0
-    peer = order[after % len(order)]
-    turn.drive(asked_s=turn.now_s, asked=peer)
-    role = k3s_role(node) or ServerOrAgent.AGENT
-    turn.send(peer, RegistrationRequest(role=role))
-
-
-def spread(joiner: NodeId, choices: list[NodeId]) -> list[NodeId]:
-    """Rendezvous hashing (Thaler and Ravishankar 1998): each joiner has its own order, and the
-    joiners of one that went away are shared out among all others."""
-
-    def weight(choice: str) -> bytes:
-        return hashlib.sha256(f"{joiner}:{choice}".encode()).digest()
-
-    return sorted(choices, key=weight, reverse=True)
-
-
-def registration(node: Node, joiner: NodeId, role: ServerOrAgent) -> Registration | None:
-    """What a node of a sealed site hands to one that joins; None before the seal."""
-    seal = node.seal
-    if seal is None:
-        return None
-    ready = {h.node: h.server_url for h in node.up if h.server_url and h.node != joiner}
-    own = own_url(node)
-    if node.k3s.ready and k3s_role(node) is ServerOrAgent.SERVER and own and joiner != node.id:
-        ready[node.id] = own
-    urls = [ready[each] for each in spread(joiner, list(ready))]
-    if node.site.registration_address:
-        urls.insert(0, url_of(node.site.registration_address))
-    return Registration(
-        servers=tuple(dict.fromkeys(urls))[:SERVERS_LIMIT] or seal.addresses,
-        ca_hash=seal.ca_hash,
-        k3s_version=seal.k3s_version,
-        shared_flags=seal.shared_flags,
-        role=role,
-    )
-
-
-def on_registration(turn: Turn, message: Registration) -> None:
-    """Take a registration that is of the cluster we know to be sealed."""
-    seal = turn.node.seal
-    if turn.node.phase is not NodePhase.JOINING or seal is None:
-        return
-    if message.ca_hash == seal.ca_hash and message.servers:
-        turn.drive(registration=message)
-
-
-def _other_servers(node: Node) -> tuple[str, ...]:
-    ready = {h.node: h.server_url for h in node.up if h.server_url}
-    return tuple(ready[each] for each in spread(node.id, list(ready)))

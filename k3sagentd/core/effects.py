@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from k3sagentd.core.cluster import Errand
 from k3sagentd.core.k3s import Order
 from k3sagentd.core.messages import Hello, Message
 from k3sagentd.core.state import Durable
@@ -61,6 +62,17 @@ class WriteOrder:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WriteErrand:
+    """Ask root to do this in the cluster's API."""
+
+    errand: Errand
+
+    def describe(self) -> str:
+        """As people read it."""
+        return self.errand.describe()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
     """Tell the operator that something changed, in one line."""
 
@@ -71,4 +83,4 @@ class Report:
         return self.text
 
 
-Effect = Persist | Send | Announce | WriteOrder | Report
+Effect = Persist | Send | Announce | WriteOrder | WriteErrand | Report

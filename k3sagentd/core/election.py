@@ -8,9 +8,11 @@ comes before the answer, always.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from k3sagentd.core import guards, log, paxos, ranking
 from k3sagentd.core.hello import own_hello
+from k3sagentd.core.k3s import K3sState
 from k3sagentd.core.log import Abandon, Nominate, Seal, Value
 from k3sagentd.core.messages import (
     Accept,
@@ -22,7 +24,7 @@ from k3sagentd.core.messages import (
     Reject,
 )
 from k3sagentd.core.paxos import Acceptor, Ballot
-from k3sagentd.core.state import Accepting, Node, Preparing
+from k3sagentd.core.state import Accepting, Drive, Node, Preparing, Steward
 from k3sagentd.core.turn import Turn
 from k3sagentd.core.words import NodeId, short
 
@@ -47,6 +49,8 @@ the log's limit (``log.ENTRIES_LIMIT``) lasts for weeks and not for minutes."""
 def answer_prepare(turn: Turn, sender: NodeId, message: Prepare) -> Promise | Reject | Learned:
     """Phase 1b: promise, refuse, or tell what is chosen already."""
     node = turn.node
+    if node.generation.number:
+        return chosen_from(node, 0)
     if message.decree < len(node.log):
         return chosen_from(node, message.decree)
     if reason := _refusal(turn, sender, message, message.intent):
@@ -61,6 +65,8 @@ def answer_prepare(turn: Turn, sender: NodeId, message: Prepare) -> Promise | Re
 def answer_accept(turn: Turn, sender: NodeId, message: Accept) -> Accepted | Reject | Learned:
     """Phase 2b: accept, refuse, or tell what is chosen already."""
     node = turn.node
+    if node.generation.number:
+        return chosen_from(node, 0)
     if message.decree < len(node.log):
         return chosen_from(node, message.decree)
     reason = (
@@ -180,7 +186,7 @@ def on_reject(turn: Turn, sender: NodeId, message: Reject) -> None:
     node = turn.node
     proposal = node.proposal
     ours = proposal is not None and _ours(proposal, message)
-    if message.log_length < len(node.log):
+    if message.log_length < len(node.log) and not node.generation.number:
         turn.send(sender, chosen_from(node, message.log_length))
         if ours and isinstance(proposal, Preparing) and sender not in proposal.helped:
             turn.set(proposal=replace(proposal, helped=proposal.helped | {sender}))
@@ -302,14 +308,23 @@ def back_off(turn: Turn, reason: str) -> None:
 def chosen_from(node: Node, first: int) -> Learned:
     """What we know to be chosen, from entry ``first`` on."""
     votes = node.votes.get(len(node.log) - 1)
-    return Learned(first=first, entries=node.log[first:], nodes=node.nodes, votes=votes)
+    return Learned(
+        first=first,
+        entries=node.log[first:],
+        nodes=node.nodes,
+        generation=node.generation,
+        votes=votes,
+    )
 
 
 def learn(turn: Turn, message: Learned, *, announce: bool = False) -> None:
     """Take chosen entries in; a contradiction to what we know stops this node for good."""
+    if message.generation != turn.node.generation and not _follow(turn, message):
+        return
     node = turn.node
+    counted = message.nodes == node.nodes or message.generation.number > 0
     sealed = message.entries and isinstance(message.entries[-1], Seal)
-    if message.first > len(node.log) or (message.nodes != node.nodes and not sealed):
+    if message.first > len(node.log) or not (counted or sealed):
         return
     known = node.log[message.first :]
     if any(a != b for a, b in zip(known, message.entries, strict=False)):
@@ -341,6 +356,27 @@ def learn(turn: Turn, message: Learned, *, announce: bool = False) -> None:
         _report(turn, len(node.log) + offset, value)
     if announce:
         turn.send_all(chosen_from(turn.node, len(node.log)))
+
+
+def _follow(turn: Turn, message: Learned) -> bool:
+    """Change over to a higher generation, if this machine's K3s holds nothing of the lower one."""
+    node = turn.node
+    begins = message.first == 0 and message.entries
+    if not begins or message.generation < node.generation or guards.holds_data(node):
+        return False
+    turn.report(f"follows the start that {node.name_of(message.generation.by)} was forced to")
+    open_generation(turn, message.generation)
+    return True
+
+
+def open_generation(turn: Turn, generation: log.Generation, **durable: Any) -> None:
+    """Begin a log anew; what was voted and learned in the one before counts no more."""
+    turn.persist(
+        **{"started_epoch": None, "started_generation": 0}
+        | durable
+        | {"generation": generation, "log": (), "acceptor": Acceptor(), "roster": None}
+    )
+    turn.set(proposal=None, drive=Drive(), steward=Steward(), k3s=K3sState(), last_new_s=turn.now_s)
 
 
 def _split(turn: Turn, message: Learned) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from k3sagentd.core.cluster import ErrandResult
 from k3sagentd.core.k3s import Facts, K3sState, Result
-from k3sagentd.core.messages import Hello, Message
+from k3sagentd.core.messages import Hello, LeaveStep, Message
 from k3sagentd.core.words import NodeId
 
 
@@ -76,6 +77,14 @@ class ResultRead:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ErrandEnded:
+    """Root did an errand, or could not."""
+
+    now_s: float
+    result: ErrandResult
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class K3sProbed:
     """A look at the running K3s gave something new."""
 
@@ -88,6 +97,14 @@ class InitForced:
     """The operator decides instead of a quorum: this node starts the cluster."""
 
     now_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeaveAsked:
+    """The operator takes this machine out of the cluster, and is at this step."""
+
+    now_s: float
+    step: LeaveStep
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,8 +131,10 @@ Event = (
     | AddressChanged
     | FactsRead
     | ResultRead
+    | ErrandEnded
     | K3sProbed
     | InitForced
+    | LeaveAsked
     | PersistFailed
     | PersistRecovered
 )

@@ -6,11 +6,11 @@ Every function answers None for "go on". The rules are those of the design, sect
 
 from __future__ import annotations
 
-from k3sagentd.core.k3s import Datastore
+from k3sagentd.core.k3s import Action, Datastore, Outcome
 from k3sagentd.core.log import Abandon, Nominate, Value, is_abandoned
 from k3sagentd.core.messages import Hello, Intent
 from k3sagentd.core.state import Node
-from k3sagentd.core.words import NodeId, short
+from k3sagentd.core.words import NodeId, Role, short
 
 
 def existing_cluster(node: Node) -> str | None:
@@ -23,8 +23,11 @@ def existing_cluster(node: Node) -> str | None:
     if facts is None or facts.datastore in (Datastore.NONE, Datastore.AGENT):
         return None
     if facts.origin is not None:
-        ours = facts.origin == node.durable.started_epoch
-        if ours or is_abandoned(node.log, facts.origin):
+        durable = node.durable
+        started = (durable.started_generation, durable.started_epoch)
+        if started == (facts.origin_generation, facts.origin):
+            return None
+        if _abandoned(node, facts.origin_generation, facts.origin):
             return None
     return facts.ca_hash or f"unknown, on {short(node.id)}"
 
@@ -34,9 +37,65 @@ def claim(node: Node, hello: Hello) -> str | None:
 
     The peer may not know: it lost its state, or is behind.
     """
-    if hello.existing_epoch is not None and is_abandoned(node.log, hello.existing_epoch):
+    if hello.generation != node.generation:
+        return None  # of a cluster that the operator gave up, or is about to lead us to
+    epoch = hello.existing_epoch
+    if epoch is not None and _abandoned(node, hello.existing_generation, epoch):
         return None
     return hello.existing
+
+
+def _abandoned(node: Node, generation: int, epoch: int) -> bool:
+    return generation == node.generation.number and is_abandoned(node.log, epoch)
+
+
+def holds_data(node: Node) -> bool:
+    """Whether this machine's K3s has, or may be about to have, data of the cluster that it knows.
+
+    Such a node does not follow a forced start by itself: that would be a member of one cluster
+    that starts in another.
+    """
+    order, outcome = node.drive.order, node.drive.outcome
+    starting = order is not None and order.action in (Action.INIT, Action.JOIN)
+    if starting and outcome in (Outcome.RUNNING, Outcome.DONE):
+        return True
+    if node.facts is None or node.facts.datastore is not Datastore.NONE:
+        return True
+    return node.durable.started_epoch is not None and not starting
+
+
+def superseded(node: Node) -> str | None:
+    """The operator forced a new cluster, and this machine has data of the one before."""
+    if node.facts is None or node.facts.datastore is Datastore.NONE:
+        return None
+    for hello in node.up:
+        if hello.generation > node.generation:
+            return (
+                f"{node.name_of(hello.node)} was forced to start a new cluster, and this machine "
+                "has data of the one before; k3sagentd reset here gives that up and joins the "
+                "new one"
+            )
+    return None
+
+
+def why_not_force(node: Node) -> str | None:
+    """Why the operator's word is not taken here; None where it is."""
+    if node.facts is None:
+        return "it waits for the facts about this machine's disk"
+    if trouble := conflict(node):
+        return trouble
+    if node.site.role is Role.AGENT:
+        return "role is agent here; allowed: server or auto"
+    holders = [hello for hello in node.up if hello.datastore in (Datastore.ETCD, Datastore.SQLITE)]
+    if holders:
+        names = ", ".join(node.name_of(hello.node) for hello in holders)
+        return f"{names} has a cluster's data; bring it up there, or k3sagentd reset it first"
+    store = node.facts.datastore
+    if node.seal is not None and store is Datastore.ETCD:
+        return "this machine has the data of the site's cluster, and must not found another"
+    if store is Datastore.AGENT or (node.seal is not None and store is not Datastore.NONE):
+        return "this machine's K3s has data of the old cluster; k3sagentd reset first"
+    return None
 
 
 def quorum_missing(node: Node) -> str | None:
@@ -62,6 +121,8 @@ def conflict(node: Node) -> str | None:
     """Two clusters under one token, or a log that contradicts ours: nobody installs anything."""
     if node.split:
         return node.split
+    if trouble := superseded(node):
+        return trouble
     mine = existing_cluster(node)
     if node.seal is not None:
         if mine is None or mine == node.seal.ca_hash:
@@ -125,7 +186,8 @@ def counts_otherwise(node: Node, sender: NodeId, nodes: int) -> str | None:
 def behind(node: Node) -> str | None:
     """A peer has learned more: what is open here is decided there."""
     for hello in node.up:
-        if hello.log_length > len(node.log) and hello.nodes == node.nodes:
+        newer = hello.generation > node.generation
+        if newer or (hello.log_length > len(node.log) and hello.nodes == node.nodes):
             return f"the newest entries of the bootstrap log from {node.name_of(hello.node)}"
     return None
 
@@ -156,6 +218,8 @@ def may_not_vote(node: Node) -> str | None:
         return f"cannot write its state: {node.storage_failure}"
     if node.facts is None:
         return "the facts about this machine's disk (k3sagentd facts)"
+    if node.generation.number:
+        return "the init node that the operator forced: nobody votes beside it"
     if trouble := conflict(node):
         return trouble
     return disagreement(node) or behind(node) or crowd(node)

@@ -10,7 +10,6 @@ from k3sagentd.core import guards, ranking
 from k3sagentd.core.k3s import Datastore, ServerOrAgent
 from k3sagentd.core.messages import Hello
 from k3sagentd.core.state import Node
-from k3sagentd.core.words import Role
 
 K3S_PORT = 6443
 parts = attrgetter("announced", "site", "durable", "address", "phase", "facts", "drive", "k3s")
@@ -18,15 +17,22 @@ parts = attrgetter("announced", "site", "durable", "address", "phase", "facts", 
 
 
 def k3s_role(node: Node) -> ServerOrAgent | None:
-    """What this node's K3s is to be; None before the seal, except on the init node."""
+    """What this node's K3s is to be; None before the seal, except on the init node.
+
+    ``role: server`` alone makes nobody a server: the number of servers is the site's (``steward``).
+    """
     nomination = node.nomination
     if nomination is None or (node.seal is None and not node.is_init):
         return None
-    founder = node.id in nomination.servers
-    member = node.facts is not None and node.facts.datastore is Datastore.ETCD
-    if founder or member or node.site.role is Role.SERVER:
-        return ServerOrAgent.SERVER
-    return ServerOrAgent.AGENT
+    listed = node.id in node.roster.servers
+    # Servers of a cluster that was there before the site stand in no roster until one is written.
+    adopted = node.roster.revision == 0 and has_etcd(node)
+    return ServerOrAgent.SERVER if listed or adopted else ServerOrAgent.AGENT
+
+
+def has_etcd(node: Node) -> bool:
+    """Whether there is a member's data on this machine."""
+    return node.facts is not None and node.facts.datastore is Datastore.ETCD
 
 
 def server_url(node: Node) -> str | None:
@@ -78,6 +84,10 @@ def own_hello(node: Node) -> Hello:
         prepared=node.drive.prepared,
         server_url=server_url(node),
         machine=node.site.machine,
+        generation=node.generation,
+        existing_generation=node.facts.origin_generation if node.facts else 0,
+        roster=node.durable.roster,
+        hardware=node.site.hardware,
     )
     if before is not None and hello != before:
         return replace(hello, revision=before.revision + 1)

@@ -27,6 +27,12 @@ class Facts:
     datastore: Datastore = Datastore.NONE
     origin: int | None = None
     """Epoch in which our init order made this data; None: it was there before us."""
+    origin_generation: int = 0
+    """The generation of the bootstrap log that ``origin`` is an epoch of."""
+    node_name: str | None = None
+    """K3s's name for this machine where it ran before us; None: ours to choose."""
+    node_ip: str | None = None
+    """The address that etcd knows this server by, where there is etcd data."""
     ca_hash: str | None = None
     """SHA-256 (64 hex) of ``server/tls/server-ca.crt``, where there is one."""
     fsync_ms: float | None = None
@@ -42,6 +48,8 @@ class Action(StrEnum):
     INIT = "init"
     PREPARE = "prepare"
     JOIN = "join"
+    STEP_DOWN = "step-down"
+    """A server becomes an agent: its server's data goes aside, then it joins."""
     STAND_DOWN = "stand-down"
 
 

@@ -81,12 +81,24 @@ def may_not_elect(turn: Turn) -> bool:
 def k3s_is_ready(turn: Turn) -> bool:
     """The probe finds this machine's K3s ready, and it is of the sealed cluster."""
     state, seal = turn.node.k3s, turn.node.seal
+    if drive.is_other_role(turn.node):
+        return False  # it is ready as what it should not be any more
     return state.ready and seal is not None and state.ca_hash in (None, seal.ca_hash)
 
 
 def k3s_is_not_ready(turn: Turn) -> bool:
     """K3s stopped answering; its own unit restarts it."""
     return not turn.node.k3s.ready
+
+
+def is_superseded(turn: Turn) -> bool:
+    """The operator forced a new cluster, and K3s here has data of the one before."""
+    return guards.superseded(turn.node) is not None
+
+
+def is_other_role(turn: Turn) -> bool:
+    """The roster changed: K3s here is to be a server and was none, or the other way round."""
+    return drive.is_other_role(turn.node)
 
 
 def cannot_join(turn: Turn) -> bool:
@@ -117,7 +129,7 @@ def begin_anew(turn: Turn) -> None:
 
 def forget_the_epoch(turn: Turn) -> None:
     """The data is aside: from here on this node is like any other."""
-    turn.persist(started_epoch=None, forced=False)
+    turn.persist(started_epoch=None, started_generation=0)
     begin_anew(turn)
 
 
@@ -212,6 +224,19 @@ TABLE: tuple[Rule, ...] = (
         may_not_elect,
         P.DISCOVERING,
         "without a quorum that agrees, waiting is all that is allowed",
+    ),
+    _rule(
+        (P.READY, P.FAILED),
+        is_superseded,
+        P.CONFLICT,
+        "one of the two clusters is to be given up, and a person must say on each machine",
+    ),
+    _rule(
+        (P.READY,),
+        is_other_role,
+        P.JOINING,
+        "who is a server changed: this machine changes over",
+        begin_anew,
     ),
     _rule((P.JOINING, P.FAILED), k3s_is_ready, P.READY, "K3s runs as a part of the cluster"),
     _rule((P.READY,), k3s_is_not_ready, P.JOINING, "what is not ready is not handed out"),

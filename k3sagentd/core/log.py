@@ -17,6 +17,25 @@ ENTRIES_LIMIT = 2000
 """Entries a log may have: 1000 abandoned epochs are a site that needs a person."""
 
 
+NOBODY = NodeId("")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, order=True)
+class Generation:
+    """Which bootstrap log it is: 0 is the voters' own, each forced start opens a higher one.
+
+    Beyond 0 nobody votes: the operator's word stands, entered by the node that was forced.
+    """
+
+    number: int = 0
+    by: NodeId = NOBODY
+    """Who was forced; of two with one number the greater id is the higher generation."""
+
+    def describe(self) -> str:
+        """As people read it."""
+        return f"{self.number}.{short(self.by)}" if self.number else "0"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Nominate:
     """One node may start the cluster; these servers found it (the init node is the first)."""

@@ -6,17 +6,29 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import assert_never
+from typing import Any, assert_never
 
-from k3sagentd.core import drive, election, guards, lifecycle, ranking
+from k3sagentd.core import (
+    drive,
+    election,
+    guards,
+    leaving,
+    lifecycle,
+    ranking,
+    registration,
+    roster,
+    steward,
+)
 from k3sagentd.core.effects import Announce, Effect
 from k3sagentd.core.events import (
     AddressChanged,
+    ErrandEnded,
     Event,
     FactsRead,
     HelloReceived,
     InitForced,
     K3sProbed,
+    LeaveAsked,
     MessageReceived,
     PeerLost,
     PeerRefused,
@@ -26,7 +38,7 @@ from k3sagentd.core.events import (
     Tick,
 )
 from k3sagentd.core.hello import may_differ, own_hello
-from k3sagentd.core.log import Abandon, Nominate, Seal, is_nomination
+from k3sagentd.core.log import Abandon, Generation, Nominate, Seal, Value, is_nomination
 from k3sagentd.core.messages import (
     Accept,
     Accepted,
@@ -35,7 +47,10 @@ from k3sagentd.core.messages import (
     Hello,
     Intent,
     Learned,
+    LeaveAnswer,
+    LeaveRequest,
     Message,
+    NotYet,
     Prepare,
     Promise,
     Registration,
@@ -82,7 +97,10 @@ def step(node: Node, event: Event) -> tuple[Node, tuple[Effect, ...]]:
     _campaign(turn)
     if turn.node is not before:
         lifecycle.advance(turn)
+    roster.watch(turn)
     drive.run(turn)
+    steward.run(turn)
+    leaving.run(turn)
     if may_differ(node, turn.node):
         _announce(turn)
     return turn.node, tuple(turn.effects)
@@ -107,6 +125,10 @@ def _absorb(turn: Turn, event: Event) -> None:
             turn.set(facts=facts)
         case ResultRead(result=result):
             drive.on_result(turn, result)
+        case ErrandEnded(result=ended):
+            steward.on_ended(turn, ended)
+        case LeaveAsked(step=step):
+            leaving.begin(turn, step)
         case K3sProbed(state=state):
             turn.set(k3s=state)
         case InitForced():
@@ -147,6 +169,8 @@ def _on_hello(turn: Turn, hello: Hello) -> None:
             peer = replace(peer, earlier_instance=before.hello.instance, flips=flips)
             if flips >= FLIPS_OF_CLONES:
                 turn.send(hello.node, Cloned(address=before.hello.address))
+    if hello.generation == node.generation:
+        roster.learn(turn, hello.roster)
     news = before is None or not before.up
     refused = {a: r for a, r in node.refused.items() if a != hello.address}
     turn.set(
@@ -170,7 +194,7 @@ def _on_lost(turn: Turn, peer_id: NodeId) -> None:
     peer = turn.node.peers.get(peer_id)
     if peer is None or not peer.up:
         return
-    peer = replace(peer, up=False, heard_s=_heard_s(peer, turn.now_s))
+    peer = replace(peer, up=False, heard_s=_heard_s(peer, turn.now_s), lost_s=turn.now_s)
     turn.set(peers={**turn.node.peers, peer_id: peer})
     turn.report(
         f"lost {turn.node.name_of(peer_id)} ({short(peer_id)}): "
@@ -185,15 +209,21 @@ def _catch_up(turn: Turn) -> None:
         peer = node.peers[hello.node]
         if has_news(node, hello) and turn.now_s >= peer.fetch_s + FETCH_S:
             turn.set(peers={**node.peers, hello.node: replace(peer, fetch_s=turn.now_s)})
-            turn.send(hello.node, Fetch(first=len(node.log)))
+            newer = hello.generation > node.generation
+            first = 0 if newer else len(node.log)
+            generation = hello.generation if newer else node.generation
+            turn.send(hello.node, Fetch(first=first, generation=generation))
             return
 
 
 def has_news(node: Node, hello: Hello) -> bool:
     """Whether a peer has entries that we would take: those of our count, or a sealed log."""
+    if hello.generation != node.generation:
+        newer = hello.generation > node.generation and hello.log_length > 0
+        return newer and not guards.holds_data(node)
     if hello.log_length <= len(node.log):
         return False
-    return hello.nodes == node.nodes or hello.phase in AFTER_THE_SEAL
+    return hello.generation.number > 0 or hello.nodes == node.nodes or hello.phase in AFTER_THE_SEAL
 
 
 def _mute(turn: Turn, reason: str) -> None:
@@ -211,7 +241,7 @@ def _on_message(turn: Turn, sender: NodeId, message: Message) -> None:
     node = turn.node
     peer = node.peers.get(sender)
     if peer is not None and not peer.up:
-        peer = replace(peer, heard_s=_heard_s(peer, turn.now_s))
+        peer = replace(peer, heard_s=_heard_s(peer, turn.now_s), lost_s=turn.now_s)
         turn.set(peers={**node.peers, sender: peer})
     match message:
         case Prepare():
@@ -226,17 +256,24 @@ def _on_message(turn: Turn, sender: NodeId, message: Message) -> None:
             election.on_reject(turn, sender, message)
         case Learned():
             election.learn(turn, message)
-        case Fetch(first=first):
+        case Fetch(first=first, generation=generation):
+            first = first if generation == node.generation else 0
             if first < len(node.log):
                 turn.send(sender, election.chosen_from(node, first))
         case Cloned(address=address):
             _mute(turn, CLONED.format(address=address or "address unknown"))
-        case RegistrationRequest(role=role):
-            answer = drive.registration(node, sender, role)
+        case RegistrationRequest():
+            answer = steward.answer_joiner(turn, sender, message)
             if answer is not None:
                 turn.send(sender, answer)
         case Registration():
-            drive.on_registration(turn, message)
+            registration.on_registration(turn, message)
+        case NotYet(reason=reason):
+            registration.on_not_yet(turn, sender, reason)
+        case LeaveRequest():
+            turn.send(sender, steward.answer_leaver(turn, sender, message))
+        case LeaveAnswer():
+            leaving.on_answer(turn, sender, message)
         case _:
             assert_never(message)
 
@@ -247,6 +284,9 @@ def _on_message(turn: Turn, sender: NodeId, message: Message) -> None:
 def _campaign(turn: Turn) -> None:
     """Go on with our ballot, or open one when it is our turn."""
     _catch_up(turn)
+    if turn.node.generation.number:
+        _decide_alone(turn)
+        return
     if turn.node.proposal is not None:
         election.advance(turn)
         return
@@ -256,9 +296,26 @@ def _campaign(turn: Turn) -> None:
         election.propose(turn, intent, wanted)
 
 
+def _decide_alone(turn: Turn) -> None:
+    """The forced node enters the seal itself: the operator stands in for the quorum."""
+    node = turn.node
+    if node.seal is None and node.is_forced and (seal := drive.own_seal(node)):
+        _enter(turn, seal)
+
+
+def _enter(turn: Turn, value: Value) -> None:
+    node = turn.node
+    message = Learned(
+        first=len(node.log), entries=(value,), nodes=node.nodes, generation=node.generation
+    )
+    election.learn(turn, message, announce=True)
+
+
 def _plan(node: Node, now_s: float) -> tuple[float, Intent, Seal | Abandon | None] | None:
     """When this node would open a ballot, and what for; None while it has no cause to."""
-    if node.seal is not None or node.facts is None or node.seen < node.quorum:
+    if node.generation.number or node.seal is not None or node.facts is None:
+        return None
+    if node.seen < node.quorum:
         return None
     earliest_s = node.propose_not_before_s
     if is_nomination(len(node.log)):
@@ -292,18 +349,24 @@ def _position(node: Node) -> int | None:
 
 
 def _on_forced(turn: Turn) -> None:
-    """The operator stands in for the quorum: enter what is missing and go on from there."""
+    """The operator stands in for the quorum: a generation of the log that is this node's own.
+
+    Who is to start the cluster already goes on with what it has started.
+    """
     node = turn.node
-    if node.seal is not None or node.is_init or guards.conflict(node):
+    if guards.why_not_force(node) is not None or (node.is_forced and node.seal is None):
         return
-    entries: tuple[Nominate | Abandon, ...] = ()
-    if not is_nomination(len(node.log)):
-        entries = (Abandon(reason="the operator forced another init node"),)
-    entries = (*entries, Nominate(init=node.id, servers=(node.id,)))
-    turn.persist(forced=True)
-    election.learn(
-        turn, Learned(first=len(node.log), entries=entries, nodes=node.nodes), announce=True
-    )
+    generation = Generation(number=node.generation.number + 1, by=node.id)
+    durable = node.durable
+    kept: dict[str, Any] = {}
+    if drive.has_own_start(node):
+        kept = {
+            "started_epoch": durable.started_epoch,
+            "started_generation": durable.started_generation,
+        }
+    turn.report("the operator decides instead of a quorum: this node starts the cluster")
+    election.open_generation(turn, generation, **kept)
+    _enter(turn, Nominate(init=node.id, servers=(node.id,)))
 
 
 # --- outward --------------------------------------------------------------------------------
@@ -339,7 +402,11 @@ def _deadlines(node: Node) -> Iterator[float]:
     if (due_s := drive.order_due_s(node.drive)) is not None:
         yield due_s
     if node.phase is NodePhase.JOINING:
-        yield node.drive.asked_s + drive.ASK_S
+        yield node.drive.asked_s + registration.ASK_S
+        yield node.drive.asked_s + registration.ASK_AGAIN_S
+        yield node.drive.ordered_s + drive.KEPT_OUT_S
+    yield from steward.deadlines(node)
+    yield from leaving.deadlines(node)
     if node.phase is NodePhase.INITIALISING and node.drive.first_order_s is not None:
         yield node.drive.first_order_s + node.site.abandon_after_s
     for hello in node.up:

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from k3sagentd.core.cluster import Roster
 from k3sagentd.core.k3s import Datastore, ServerOrAgent
-from k3sagentd.core.log import Value
+from k3sagentd.core.log import Generation, Value
 from k3sagentd.core.paxos import Ballot, Proposal
 from k3sagentd.core.words import NodeId, NodePhase, Role
 
@@ -19,6 +20,13 @@ class Intent(StrEnum):
     NOMINATE = "nominate"
     SEAL = "seal"
     ABANDON = "abandon"
+
+
+class LeaveStep(StrEnum):
+    """What a server does for a node that leaves: its pods go, then its Node object."""
+
+    DRAIN = "drain"
+    REMOVE = "remove"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +66,13 @@ class Hello:
     """``https://host:6443`` while its server is ready."""
     machine: str | None = None
     """A mark of its machine-id; two nodes with one were copied from one card."""
+    generation: Generation = field(default_factory=Generation)
+    existing_generation: int = 0
+    """The generation of ``existing_epoch``."""
+    roster: Roster | None = None
+    """The newest that it knows; None: the nomination's."""
+    hardware: str | None = None
+    """A mark of its hardware; of two nodes with one, one is gone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,6 +155,8 @@ class Learned:
     entries: tuple[Value, ...]
     nodes: int
     """Among how many the sender counts; until the seal, who counts otherwise stays out."""
+    generation: Generation = field(default_factory=Generation)
+    """Whose entries these are."""
     votes: int | None = None
     """Acceptances that the proposer had counted for the last entry; only for people."""
 
@@ -154,6 +171,7 @@ class Fetch:
     """Asks for the chosen entries from number ``first`` on."""
 
     first: int
+    generation: Generation = field(default_factory=Generation)
 
     def describe(self) -> str:
         """As people read it."""
@@ -165,10 +183,12 @@ class RegistrationRequest:
     """Asks a node of a sealed site where to join."""
 
     role: ServerOrAgent
+    node_name: str
+    """K3s's name for the node: whose Node object may still be there."""
 
     def describe(self) -> str:
         """As people read it."""
-        return f"ask for a registration as {self.role}"
+        return f"ask for a registration of {self.node_name} as {self.role}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,6 +205,44 @@ class Registration:
     def describe(self) -> str:
         """As people read it."""
         return f"registration ca={self.ca_hash[:8]} at={','.join(self.servers)}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NotYet:
+    """No registration for now, and what it waits for; ask again."""
+
+    reason: str
+
+    def describe(self) -> str:
+        """As people read it."""
+        return f"not yet: {self.reason}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeaveRequest:
+    """Asks a server to help this node out of the cluster."""
+
+    step: LeaveStep
+    node_name: str
+
+    def describe(self) -> str:
+        """As people read it."""
+        return f"ask to {self.step} {self.node_name}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeaveAnswer:
+    """How far the server is with a step."""
+
+    step: LeaveStep
+    done: bool
+    waits_for: str | None = None
+    refused: str | None = None
+
+    def describe(self) -> str:
+        """As people read it."""
+        said = "done" if self.done else f"refused: {self.refused}" if self.refused else "not yet"
+        return f"{self.step}: {said}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,4 +267,7 @@ Message = (
     | Cloned
     | RegistrationRequest
     | Registration
+    | NotYet
+    | LeaveRequest
+    | LeaveAnswer
 )

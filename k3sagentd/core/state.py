@@ -14,9 +14,10 @@ from typing import Any
 
 from k3sagentd.core import log as entries
 from k3sagentd.core import paxos
-from k3sagentd.core.k3s import Facts, K3sState, Order, Outcome, Result
-from k3sagentd.core.log import Log, Value
-from k3sagentd.core.messages import Hello, Intent, Registration
+from k3sagentd.core.cluster import ClusterView, Errand, Roster
+from k3sagentd.core.k3s import Facts, K3sState, Order, Outcome, Result, ServerOrAgent
+from k3sagentd.core.log import Generation, Log, Value
+from k3sagentd.core.messages import Hello, Intent, LeaveStep, Registration
 from k3sagentd.core.paxos import Acceptor, Ballot, Proposal
 from k3sagentd.core.words import NodeId, NodePhase, Role
 
@@ -39,9 +40,12 @@ class Site:
     port: int = 6440
     settle_s: float = 3.0
     abandon_after_s: float = 1800.0
+    replace_after_s: float = 1800.0
     registration_address: str | None = None
     machine: str | None = None
     """A mark of the machine-id, which no two machines should share; nothing is decided by it."""
+    hardware: str | None = None
+    """A mark of the hardware, which outlives a new image: who has it is the same machine."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +55,8 @@ class Durable:
     node: NodeId
     nodes: int | None = None
     """``nodes`` as it was at the first vote or the first learned entry."""
+    generation: Generation = field(default_factory=Generation)
+    """Of the log; never goes back."""
     log: Log = ()
     acceptor: Acceptor = field(default_factory=Acceptor)
     """The votes for decree ``len(log)``, the one that is open."""
@@ -58,19 +64,24 @@ class Durable:
     """Why this identity must never vote again, if so."""
     started_epoch: int | None = None
     """Epoch in which we were told to start a cluster, until we stood down from it."""
-    forced: bool = False
-    """The operator made this the init node, not a quorum."""
+    started_generation: int = 0
+    """The generation of that epoch."""
+    roster: Roster | None = None
+    """Which machines are to be servers, as last learned; None: those of the nomination."""
     node_name: str | None = None
     """K3s's name for this node; never changes once chosen."""
 
     def describe(self) -> str:
         """As people read it: the log, then the votes for the entry that is open."""
         log = " ".join(value.describe() for value in self.log) or "empty"
-        parts = [f"log {log}"]
+        parts = [f"generation {self.generation.describe()}"] if self.generation.number else []
+        parts.append(f"log {log}")
         if not isinstance(self.log[-1] if self.log else None, entries.Seal):
             parts.append(self.acceptor.describe())
         if self.started_epoch is not None:
             parts.append(f"started epoch {self.started_epoch}")
+        if self.roster is not None:
+            parts.append(self.roster.describe())
         if self.muted:
             parts.append("muted")
         return "; ".join(parts)
@@ -84,6 +95,8 @@ class Peer:
     up: bool
     heard_s: float
     """When we last heard of it as one that may vote; while ``able`` we do so now."""
+    lost_s: float = float("-inf")
+    """When we last heard of it, while it is not up."""
     fetch_s: float = float("-inf")
     """When we last asked it for entries."""
     earlier_instance: str | None = None
@@ -142,9 +155,59 @@ class Drive:
     asked_s: float = float("-inf")
     """When we last asked for a registration, and ``asked`` whom."""
     asked: NodeId | None = None
+    told: str | None = None
+    """Why the peer that was asked did not hand a registration out, if so."""
 
 
-DERIVED = {"peers": ("up", "seen"), "durable": ("nomination", "seal")}
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wish:
+    """What a peer asked of us as a server, and needs the cluster's API."""
+
+    node_name: str
+    heard_s: float
+    role: ServerOrAgent | None = None
+    """As what it wants to join; None: it wants to leave."""
+    step: LeaveStep | None = None
+    """How far its leaving is to go."""
+    drained: bool = False
+    """Its pods are gone, for the step that says so."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Steward:
+    """What a server does for the cluster as a whole, and knows of it. Gone with the process."""
+
+    view: ClusterView | None = None
+    viewed_s: float = float("-inf")
+    lease_since_s: float = float("-inf")
+    """When the Lease was first seen as it is in ``view``."""
+    errand: Errand | None = None
+    """The one under way."""
+    ordered_s: float = float("-inf")
+    serial: int = 0
+    failures: int = 0
+    """Errands in a row that failed."""
+    not_before_s: float = float("-inf")
+    reason: str | None = None
+    """Why the last one failed, if it did."""
+    wishes: Mapping[NodeId, Wish] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Leaving:
+    """A step of leaving that this node asks of a server."""
+
+    step: LeaveStep
+    asked_s: float = float("-inf")
+    asked: NodeId | None = None
+    done: bool = False
+    refused: str | None = None
+    """Why it will not be done, if so."""
+    told: str | None = None
+    """What it waits for."""
+
+
+DERIVED = {"peers": ("up", "seen"), "durable": ("nomination", "seal", "roster")}
 """Which of a node's memos a change of a field makes void."""
 
 
@@ -180,6 +243,12 @@ class Node:
     """None until root has looked: without facts this node does nothing that needs them."""
     k3s: K3sState = field(default_factory=K3sState)
     drive: Drive = field(default_factory=Drive)
+    steward: Steward = field(default_factory=Steward)
+    leaving: Leaving | None = None
+    unserved_since_s: float | None = None
+    """Since when no ready server is heard, after the seal."""
+    short_since_s: float | None = None
+    """Since when fewer servers are ready than the site should have."""
     address: str | None = None
     storage_failure: str | None = None
     split: str | None = None
@@ -237,6 +306,24 @@ class Node:
     def seal(self) -> entries.Seal | None:
         """The seal, once learned."""
         return entries.seal_of(self.log)
+
+    @cached_property
+    def roster(self) -> Roster:
+        """Which machines are to be servers."""
+        if self.durable.roster is not None:
+            return self.durable.roster
+        nomination = self.nomination
+        return Roster(revision=0, servers=nomination.servers if nomination else ())
+
+    @property
+    def generation(self) -> Generation:
+        """Which bootstrap log this node follows."""
+        return self.durable.generation
+
+    @property
+    def is_forced(self) -> bool:
+        """Whether the operator made this node the init node, in the generation that stands."""
+        return self.generation.number > 0 and self.generation.by == self.id
 
     @property
     def is_init(self) -> bool:

@@ -6,14 +6,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, assert_never
 
-from k3sagentd.core import drive, election, guards, log, ranking
+from k3sagentd.core import drive, election, guards, log, ranking, registration, roster
 from k3sagentd.core.hello import k3s_role, own_hello
 from k3sagentd.core.k3s import Outcome, ServerOrAgent
 from k3sagentd.core.messages import Hello
 from k3sagentd.core.state import Accepting, Node, Preparing
-from k3sagentd.core.words import NodePhase, SitePhase
+from k3sagentd.core.words import NodePhase, Role, SitePhase
 
 
 def site_phase(node: Node) -> SitePhase:
@@ -43,6 +44,8 @@ def _waiting_for(node: Node, now_s: float) -> str | None:
         return "the facts about this machine's disk (written by k3sagentd facts)"
     if node.address is None:
         return "an address on the network interface"
+    if trouble := drive.moved(node):
+        return f"a person: {trouble}"
     match node.phase:
         case NodePhase.UNCONFIGURED:
             return "a configuration"
@@ -103,6 +106,11 @@ def _init_node(node: Node, now_s: float) -> str:
     assert nomination is not None, "nobody waits without a nomination"
     name = node.name_of(nomination.init)
     peer = node.peers.get(nomination.init)
+    if node.generation.number:
+        heard = (
+            "" if peer is not None and peer.up else "; it is not heard: power it on, or force here"
+        )
+        return f"{name}, which the operator forced, to start the cluster{heard}"
     if trouble := guards.disagreement(node):
         return f"{name} to start the cluster; votes of this node for it wait: {trouble}"
     if missing := guards.quorum_missing(node):
@@ -138,15 +146,46 @@ def _initialising(node: Node, now_s: float) -> str:
 
 
 def _joining(node: Node, now_s: float) -> str:
+    if line := unserved(node, now_s):
+        return line
+    stays = drive.is_other_role(node) and k3s_role(node) is ServerOrAgent.AGENT
+    if stays and (missing := drive.servers_missing(node)):
+        names = ", ".join(node.name_of(each) for each in missing)
+        return f"{names} to be ready; then this server becomes an agent"
     if node.drive.outcome is not Outcome.DONE:
         return _result(node, now_s)
     barrier = drive.join_barrier(node)
     if node.phase is NodePhase.JOINING and not drive.is_member(node):
         if node.drive.prepared and barrier is not None and not node.drive.registration:
             return barrier
+        if node.drive.told is not None and not node.drive.registration:
+            return node.drive.told
         if node.drive.registration is None:
             return "a node of the site to hand out the registration address"
     return _result(node, now_s)
+
+
+def unserved(node: Node, now_s: float) -> str | None:
+    """No server of the sealed cluster was heard for long: who has it, and the two ways out."""
+    since_s = node.unserved_since_s
+    if since_s is None or now_s < since_s + node.site.replace_after_s:
+        return None
+    servers = roster.members(node)
+    if any(roster.absent_since_s(node, each) is None for each in servers):
+        return None  # its machine is heard: what is wrong with its K3s, it says itself
+    for_long = duration(now_s - since_s)
+    names = ", ".join(node.name_of(each) for each in servers)
+    if len(servers) == 1:
+        return (
+            f"{names}, the cluster's only server, not heard for {for_long}: power it on; or, if "
+            "its disk is lost for good, k3sagentd cluster-init --force on another machine starts "
+            "a new, empty cluster"
+        )
+    return (
+        f"any of the servers {names}, none heard for {for_long}: power on more than half of them; "
+        "or, if their disks are lost for good, k3sagentd cluster-init --force on another machine "
+        "starts a new, empty cluster"
+    )
 
 
 def _result(node: Node, now_s: float) -> str:
@@ -171,7 +210,36 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.0f} h"
 
 
-def notes(node: Node) -> list[str]:
+def _servers(node: Node, now_s: float) -> Iterator[str]:
+    """What is wrong with the servers of a sealed site, though this machine is ready."""
+    if node.phase is not NodePhase.READY:
+        return
+    if line := unserved(node, now_s):
+        yield f"waits for {line}"
+        return
+    after_s = node.site.replace_after_s
+    for each in roster.members(node):
+        since_s = roster.absent_since_s(node, each)
+        if since_s is None:
+            continue
+        silent = f"server {node.name_of(each)} is not heard"
+        if now_s < since_s + after_s:
+            yield f"{silent}; another machine takes its place after {duration(after_s)}"
+        elif roster.desired(node, now_s) is None:
+            yield f"{silent}, and no machine here can take its place; power it on, or add one"
+    servers = roster.members(node)
+    if node.site.role is Role.SERVER and node.id not in servers:
+        yield (
+            f"role: server is set here, but {len(servers) + 1} servers are no better than "
+            f"{len(servers)}: this machine becomes one when another goes or one more is added"
+        )
+    if node.site.role is Role.AGENT and node.id in servers:
+        yield "role: agent is set here, but no machine can take this server's place; add one"
+    if node.steward.reason is not None:
+        yield f"the cluster's API: {node.steward.reason}"
+
+
+def notes(node: Node, now_s: float) -> list[str]:
     """What keeps nothing from going on, but should be mended."""
     twins = sorted(
         node.name_of(peer.hello.node)
@@ -185,7 +253,7 @@ def notes(node: Node) -> list[str]:
             "first boot; on all but one: rm -f /etc/machine-id /var/lib/dbus/machine-id; "
             "systemd-machine-id-setup; reboot"
         )
-    return found
+    return [*found, *_servers(node, now_s)]
 
 
 def shown_role(node: Node) -> str:
@@ -196,12 +264,11 @@ def shown_role(node: Node) -> str:
 def as_json(node: Node, now_s: float) -> dict[str, Any]:
     """What ``k3sagentd status --json`` prints."""
     seal, nomination = node.seal, node.nomination
-    registration = drive.registration(node, node.id, ServerOrAgent.AGENT)
+    handed_out = registration.registration(node, node.id, ServerOrAgent.AGENT)
     own = own_hello(node)
-    if registration and own.server_url:
-        urls = tuple(dict.fromkeys((own.server_url, *registration.servers)))
-    else:
-        urls = registration.servers if registration else ()
+    urls = handed_out.servers if handed_out else ()
+    if own.server_url:
+        urls = tuple(dict.fromkeys((own.server_url, *urls)))
     return {
         "site": {
             "id": None,
@@ -214,6 +281,8 @@ def as_json(node: Node, now_s: float) -> dict[str, Any]:
             "init_node": nomination.init if nomination else None,
             "ca_hash": seal.ca_hash if seal else None,
             "registration": sorted(urls),
+            "roster": list(roster.members(node)),
+            "generation": node.generation.number,
             "votes": node.votes.get(len(node.log) - 1),
         },
         "node": {
@@ -223,7 +292,7 @@ def as_json(node: Node, now_s: float) -> dict[str, Any]:
             "role": shown_role(node),
             "phase": str(node.phase),
             "waiting_for": waiting_for(node, now_s),
-            "notes": notes(node),
+            "notes": notes(node, now_s),
             "refused": [{"address": a, "reason": r} for a, r in node.refused.items()],
         },
         "nodes": sorted(

@@ -14,7 +14,16 @@ from typing import Protocol, assert_never
 
 from k3sagentd import store
 from k3sagentd.core import machine
-from k3sagentd.core.effects import Announce, Effect, Persist, Report, Send, WriteOrder
+from k3sagentd.core.cluster import Errand
+from k3sagentd.core.effects import (
+    Announce,
+    Effect,
+    Persist,
+    Report,
+    Send,
+    WriteErrand,
+    WriteOrder,
+)
 from k3sagentd.core.events import Event, PersistFailed, PersistRecovered, Tick
 from k3sagentd.core.k3s import Order
 from k3sagentd.core.messages import Hello, Message
@@ -39,6 +48,9 @@ class Outward(Protocol):
 
     def order(self, order: Order) -> None:
         """Ask root."""
+
+    def errand(self, errand: Errand) -> None:
+        """Ask root to do something in the cluster's API."""
 
 
 class Engine:
@@ -147,6 +159,8 @@ class Engine:
                 self._outward.announce(hello)
             case WriteOrder(order=order):
                 self._outward.order(order)
+            case WriteErrand(errand=errand):
+                self._outward.errand(errand)
             case Report(text=text):
                 self._reported += 1
                 self.reports.append((self._reported, time.time(), text))
@@ -183,5 +197,16 @@ def _differs(before: Node, after: Node) -> bool:
     """Whether anything but the time changed (identity suffices: parts are replaced, not edited)."""
     return any(
         getattr(before, name) is not getattr(after, name)
-        for name in ("peers", "refused", "proposal", "facts", "k3s", "drive", "address", "phase")
+        for name in (
+            "peers",
+            "refused",
+            "proposal",
+            "facts",
+            "k3s",
+            "drive",
+            "steward",
+            "leaving",
+            "address",
+            "phase",
+        )
     )

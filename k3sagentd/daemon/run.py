@@ -17,8 +17,7 @@ from typing import Any
 from k3sagentd import schema, store, systemd
 from k3sagentd.config import Config
 from k3sagentd.control import ControlServer
-from k3sagentd.core import drive as core_drive
-from k3sagentd.core import machine, status
+from k3sagentd.core import guards, machine, registration, status
 from k3sagentd.core.events import AddressChanged, InitForced, Tick
 from k3sagentd.core.hello import k3s_role
 from k3sagentd.core.k3s import Order, ServerOrAgent
@@ -64,6 +63,7 @@ class Daemon:
             port=config.port,
             settle_s=config.settle_s,
             abandon_after_s=config.abandon_after_s,
+            replace_after_s=config.replace_after_s,
             registration_address=config.registration_address,
             machine=systemd.machine_mark(keys.site_id),
         )
@@ -119,7 +119,7 @@ class Daemon:
         if shown != self._shown:
             self._shown = shown
             systemd.notify(STATUS=shown)
-        if (notes := status.notes(self.engine.node)) != self._notes:
+        if (notes := status.notes(self.engine.node, time.monotonic())) != self._notes:
             self._notes = notes
             for note in notes:
                 log.warning("%s", note)
@@ -145,19 +145,16 @@ class Daemon:
         """For ``k3sagentd registration``."""
         node = self.engine.node
         role = k3s_role(node) or ServerOrAgent.AGENT
-        answer = core_drive.registration(node, NodeId(""), role)
+        answer = registration.registration(node, NodeId(""), role)
         plain: dict[str, Any] | None = schema.to_plain(answer) if answer else None
         return plain
 
     async def force(self) -> str | None:
         """For ``k3sagentd cluster-init --force``."""
-        node = self.engine.node
-        if node.seal is not None:
-            return "the site is sealed: the cluster exists"
-        if node.is_init:
-            return "this node is the init node already"
+        if refused := guards.why_not_force(self.engine.node):
+            return refused
         await self.engine.carry_out(InitForced(now_s=time.monotonic()))
-        return None if self.engine.node.is_init else "this node sees two clusters: phase conflict"
+        return None
 
     # --- tasks ------------------------------------------------------------------------------
 

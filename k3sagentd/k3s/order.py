@@ -18,8 +18,8 @@ from urllib.parse import urlsplit
 
 from k3sagentd import schema
 from k3sagentd.config import VERSION
-from k3sagentd.core.drive import SERVERS_LIMIT
 from k3sagentd.core.k3s import Action, Order, Result
+from k3sagentd.core.registration import SERVERS_LIMIT
 from k3sagentd.errors import DataError
 from k3sagentd.files import read_bounded, write_atomically
 from k3sagentd.k3s.flags import SHARED

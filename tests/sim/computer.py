@@ -7,7 +7,14 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from k3sagentd.core.events import Event
-from k3sagentd.core.k3s import Datastore, Facts, K3sState, Order, Result
+from k3sagentd.core.k3s import (
+    Datastore,
+    Facts,
+    K3sState,
+    Order,
+    Result,
+    ServerOrAgent,
+)
 from k3sagentd.core.messages import Hello, Message
 from k3sagentd.core.state import Node
 from k3sagentd.core.words import NodeId
@@ -24,6 +31,17 @@ class K3s:
     """Hash of the CA of the cluster that the data belongs to."""
     origin: int | None = None
     """What ``facts.MARKER`` in the data directory says."""
+    origin_generation: int = 0
+    name: str | None = None
+    """The Node that it registers as."""
+    member: str | None = None
+    """What its etcd data is on the member list."""
+    labelled: bool = True
+    """Registered by our configuration; else it was there before us."""
+    role: ServerOrAgent = ServerOrAgent.SERVER
+    """What its unit starts."""
+    joining: str | None = None
+    """The CA of the cluster that it tries to join while it is in none."""
     enabled: bool = False
     """Its unit starts it with the machine."""
     running: bool = False
@@ -68,10 +86,18 @@ class Computer:
     waiting_order: Order | None = None
     applying: bool = False
     result: Result | None = None
+    seen: Facts | None = None
+    """The facts as root last wrote them."""
     # Counters that key the dice.
     effects: int = 0
     sent: int = 0
     applied: int = 0
+    errands: int = 0
+
+    @property
+    def hardware(self) -> str:
+        """Its hardware's mark, which no new image changes."""
+        return f"{self.number:016x}"
 
     @property
     def name(self) -> str:
@@ -88,6 +114,7 @@ class Computer:
         return Facts(
             datastore=self.k3s.store,
             origin=self.k3s.origin,
+            origin_generation=self.k3s.origin_generation,
             ca_hash=self.k3s.cluster if server else None,
             fsync_ms=self.plan.fsync_ms,
             shared_flags=self.plan.shared_flags,

@@ -73,6 +73,7 @@ class Plan:
     """Until here faults happen; then the network heals and every machine that may is on."""
     settle_s: float = 3.0
     abandon_after_s: float = 120.0
+    replace_after_s: float = 120.0
     delay_s: float = 0.02
     only: frozenset[Strike] | None = None
     """Exactly these strikes of the weather, when a run is being shrunk."""
@@ -177,6 +178,7 @@ def draw(seed: int) -> Plan:
         settle_s=chance.choice((0.5, 3.0, 10.0)),
         abandon_after_s=chance.choice((15.0, 60.0, 300.0, 1800.0)),
         delay_s=chance.choice((0.002, 0.02, 0.2)),
+        replace_after_s=chance.choice((15.0, 60.0, 1800.0)),
     )
     if chance.random() < CALM_SHARE:
         return plan

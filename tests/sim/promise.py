@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from k3sagentd.core import log as entries
 from k3sagentd.core import messages
-from k3sagentd.core.k3s import Action, Order
+from k3sagentd.core.cluster import KubeNode, Roster
+from k3sagentd.core.k3s import Action, Datastore, Order
 from k3sagentd.core.log import Abandon, Nominate, Seal, Value
 from k3sagentd.core.messages import Accept, Accepted, Hello, Learned, Message, Prepare
 from k3sagentd.core.paxos import Ballot
@@ -46,6 +47,10 @@ class Promise:
         self.outside: str | None = None
         """Why the assumptions of the design do not hold in this run, if so."""
         self.chosen: dict[int, Value] = {}
+        """Of generation 0, which is voted for."""
+        self.entered: dict[tuple[entries.Generation, int], Value] = {}
+        """By the nodes that an operator forced."""
+        self.rosters: dict[tuple[str, int], Roster] = {}
         self.founded: dict[str, tuple[NodeId, int]] = {}
         self.joined: dict[str, set[NodeId]] = {}
         self._votes: dict[tuple[int, Ballot, int], set[NodeId]] = {}
@@ -110,6 +115,10 @@ class Promise:
         if old is not None and self.outside is None:
             self._only_forward(m, old, new)
         self._disks[m.number, m.id] = new
+        if new.generation.number:
+            for number, value in enumerate(new.log):
+                self._entered(m, new.generation, number, value)
+            return
         for number in range(len(old.log) if old else 0, len(new.log)):
             if new.nodes == 1:
                 self._choose(m, number, new.log[number])  # its vote and this are one write
@@ -128,6 +137,19 @@ class Promise:
 
     def _only_forward(self, m: Computer, old: Durable, new: Durable) -> None:
         name = "an acceptor forgets nothing"
+        self._must(new.generation >= old.generation, name, f"{m.name} goes back a generation")
+        if new.generation > old.generation:
+            forced = new.generation.by == m.id
+            self._must(
+                forced or m.k3s.store is Datastore.NONE,
+                "who has data follows no other start",
+                f"{m.name} follows {new.generation.describe()}",
+            )
+            return
+        kept = old.roster is None or (
+            new.roster is not None and new.roster.revision >= old.roster.revision
+        )
+        self._must(kept, name, f"{m.name} took an older roster")
         self._must(new.log[: len(old.log)] == old.log, name, f"{m.name} lost entries")
         self._must(not old.muted or bool(new.muted), name, f"{m.name} forgot that it is muted")
         self._must(old.nodes in (None, new.nodes), name, f"{m.name} changed its nodes")
@@ -142,6 +164,20 @@ class Promise:
                 now.accepted is not None and now.accepted.ballot >= before.accepted.ballot
             )
             self._must(kept, name, f"{m.name} took its vote back")
+
+    def _entered(
+        self, m: Computer, generation: entries.Generation, number: int, value: Value
+    ) -> None:
+        known = self.entered.get((generation, number))
+        if known is None:
+            self._must(
+                generation.by == m.id, "only who is forced decides alone", f"{m.name} does as well"
+            )
+            self.entered[generation, number] = value
+        else:
+            self._must(
+                known == value, "a forced start has one log", f"{m.name} has {value.describe()}"
+            )
 
     def _choose(self, m: Computer, decree: int, value: Value) -> None:
         known = self.chosen.setdefault(decree, value)
@@ -219,7 +255,11 @@ class Promise:
         match order.action:
             case Action.INIT:
                 holds = nomination is not None and nomination.init == m.id
-                holds = holds and left is not None and left.started_epoch == order.epoch
+                started = left and (left.started_generation, left.started_epoch)
+                holds = holds and started == (order.generation, order.epoch)
+            case Action.STEP_DOWN:
+                listed = left.roster.servers if left and left.roster else (m.id,)
+                holds = seal is not None and m.id not in listed
             case Action.PREPARE | Action.JOIN:
                 holds = seal is not None and order.ca_hash == seal.ca_hash
             case _:
@@ -229,12 +269,14 @@ class Promise:
 
     def starts_k3s(self, m: Computer, order: Order) -> None:
         """K3s is about to be started by an order."""
-        sealed = any(isinstance(value, Seal) for value in self.chosen.values())
+        sealed = bool(self._sealed())
         if order.action is Action.JOIN:
             self._agreed(
                 sealed, "nobody joins before the seal", f"{m.name} starts K3s without a seal"
             )
             return
+        if order.generation:
+            return  # checked as the order was given
         nomination = self.chosen.get(2 * order.epoch)
         self._agreed(
             isinstance(nomination, Nominate) and nomination.init == m.id,
@@ -251,9 +293,11 @@ class Promise:
             f"{m.name} in epoch {order.epoch}",
         )
 
-    def founds(self, m: Computer, cluster: str, epoch: int) -> None:
+    def founds(self, m: Computer, cluster: str, generation: int, epoch: int) -> None:
         """A cluster came to be."""
         self.founded[cluster] = (m.id, epoch)
+        if generation:
+            return
         outcome = self.chosen.get(2 * epoch + 1)
         self._agreed(
             not isinstance(outcome, Seal),
@@ -267,14 +311,60 @@ class Promise:
         self._agreed(
             len(self.joined) == 1, "never two clusters", f"{m.name} joins {cluster[:8]} too"
         )
-        sealed = {v.ca_hash for v in self.chosen.values() if isinstance(v, Seal)}
-        self._agreed(cluster in sealed, "never two clusters", f"{m.name} joins what is not sealed")
+        known = cluster in self._sealed()
+        self._agreed(known, "never two clusters", f"{m.name} joins what is not sealed")
+
+    def _sealed(self) -> set[str]:
+        values = (*self.chosen.values(), *self.entered.values())
+        return {value.ca_hash for value in values if isinstance(value, Seal)}
+
+    def forced(self) -> None:
+        """An operator gave the old cluster up: from here on there must be one other."""
+        self.joined.clear()
+
+    # --- the cluster's API ------------------------------------------------------------------
+
+    def writes_roster(self, m: Computer, cluster: str, old: Roster | None, new: Roster) -> None:
+        """The Lease's holder says who is to be a server."""
+        before = old.revision if old is not None else 0
+        self._must(new.revision > before, "rosters go forward", f"{m.name}: {new.describe()}")
+        known = self.rosters.setdefault((cluster, new.revision), new)
+        self._must(known == new, "one roster for a revision", f"{m.name}: {new.describe()}")
+        takes_over = old is None or set(old.servers) < set(new.servers)
+        self._must(
+            len(new.servers) % 2 == 1 or takes_over,
+            "the servers are odd",
+            f"{m.name}: {new.describe()}",
+        )
+        self._must(bool(new.servers), "a cluster keeps a server", f"{m.name} lists none")
+
+    def removes_node(self, m: Computer, cluster: str, kube: KubeNode) -> None:
+        """A Node is deleted, and its member with it."""
+        if not kube.server:
+            return
+        members = self.world.clusters[cluster].members
+        left = {each for each in members if not each.startswith(f"{kube.name}/")}
+        alive = [
+            c
+            for c in self.world.computers
+            if c.k3s.member in left and c.k3s.ready and (c is m or self.world.network.wired(c, m))
+        ]
+        self._must(
+            len(alive) >= majority(len(left)),
+            "a removal leaves a quorum",
+            f"{m.name} removes {kube.name}: {len(alive)} of {len(left)} are left",
+        )
+
+    def steps_down(self, m: Computer, cluster: str) -> None:
+        """A server's data goes aside because others are the servers now."""
+        self._agreed(
+            cluster in self._sealed(), "only our own data is moved", f"{m.name} steps down"
+        )
 
     def stands_down(self, m: Computer, cluster: str) -> None:
         """Data of a cluster is moved aside."""
-        sealed = {v.ca_hash for v in self.chosen.values() if isinstance(v, Seal)}
         self._agreed(
-            cluster not in sealed, "a sealed cluster is never stood down", f"{m.name} does"
+            cluster not in self._sealed(), "a sealed cluster is never stood down", f"{m.name} does"
         )
         self._must(
             cluster in self.founded, "only our own data is moved", f"{m.name} moves {cluster[:8]}"
@@ -306,6 +396,6 @@ def _stands_by(left: Durable, message: Message) -> bool:
             if len(left.log) > decree:
                 return True
             return len(left.log) == decree and accepted is not None and accepted.ballot >= ballot
-        case Learned(first=first, entries=values):
-            return left.log[first : first + len(values)] == values
+        case Learned(first=first, entries=values, generation=generation):
+            return left.generation == generation and left.log[first : first + len(values)] == values
     return True

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from k3sagentd.core.events import FactsRead, K3sProbed, ResultRead
 from k3sagentd.core.k3s import Action, Datastore, Order, Outcome, Result, ServerOrAgent
 from k3sagentd.core.words import NodePhase
+from tests.sim import cluster
 from tests.sim.computer import Computer
 from tests.sim.dice import Fault
 
@@ -53,8 +54,12 @@ def _carry_out(world: World, m: Computer, power: int, order: Order, lost: bool) 
         return
     if world.strikes(Fault.INSTALL_FAILS, m.number, m.applied):
         outcome, reason = Outcome.FAILED, "no network"
+        m.seen = m.facts()
     else:
+        m.seen = m.facts()  # K3s has not begun yet when root looks
         outcome, reason = _do(world, m, order)
+    if order.action in (Action.STAND_DOWN, Action.STEP_DOWN):
+        m.seen = m.facts()
     if lost:
         m.applying = False
         return
@@ -78,7 +83,8 @@ def look(world: World, m: Computer, process: int) -> None:
     if m.result is None or m.process != process:
         return
     now_s = m.clock(world.now_s)
-    world.feed(m, FactsRead(now_s=now_s, facts=m.facts()))
+    if m.seen is not None:
+        world.feed(m, FactsRead(now_s=now_s, facts=m.seen))
     world.feed(m, ResultRead(now_s=now_s, result=m.result))
 
 
@@ -90,6 +96,8 @@ def _do(world: World, m: Computer, order: Order) -> Verdict:
             return _join(world, m, order)
         case Action.STAND_DOWN:
             return _stand_down(world, m, order)
+        case Action.STEP_DOWN:
+            return _step_down(world, m, order)
         case _:  # prepare
             return _hopeless(m, join=True) or DONE
 
@@ -111,34 +119,85 @@ def _init(world: World, m: Computer, order: Order) -> Verdict:
         return hopeless
     if k3s.store is Datastore.AGENT:
         return Outcome.FAILED_FOR_GOOD, "the data of an agent"
-    if k3s.origin is not None and k3s.origin != order.epoch:
+    if k3s.origin is not None and (k3s.origin_generation, k3s.origin) != _epoch(order):
         return Outcome.FAILED_FOR_GOOD, f"data of epoch {k3s.origin}"
     world.promise.starts_k3s(m, order)
+    k3s.role, k3s.joining = ServerOrAgent.SERVER, None
     if k3s.store is Datastore.NONE:
-        text = f"{m.id} {order.epoch} {len(world.promise.founded)}"
-        k3s.cluster = hashlib.sha256(text.encode()).hexdigest()
-        k3s.store, k3s.origin = Datastore.ETCD, order.epoch
-        world.promise.founds(m, k3s.cluster, order.epoch)
-    k3s.store = Datastore.ETCD  # SQLite is converted and keeps its CA
+        k3s.origin_generation, k3s.origin = _epoch(order)
+        k3s.name, k3s.labelled = order.node_name, True
+        _found(world, m)
+    _convert(world, m)
     _start(world, m)
     return DONE
+
+
+def _epoch(order: Order) -> tuple[int, int]:
+    return order.generation, order.epoch
+
+
+def _found(world: World, m: Computer) -> None:
+    """K3s starts with ``cluster-init`` and no data: a new cluster."""
+    k3s = m.k3s
+    text = f"{m.id} {k3s.origin_generation} {k3s.origin} {len(world.promise.founded)}"
+    k3s.cluster = hashlib.sha256(text.encode()).hexdigest()
+    k3s.store = Datastore.ETCD
+    world.promise.founds(m, k3s.cluster, k3s.origin_generation, k3s.origin or 0)
+    _become_member(world, m)
+
+
+def _become_member(world: World, m: Computer) -> None:
+    k3s = m.k3s
+    found = cluster.of(world, str(k3s.cluster))
+    k3s.member = f"{k3s.name}/{m.number}.{k3s.starts}"
+    found.members.add(k3s.member)
+    found.register(m, str(k3s.name), server=True)
+
+
+def _convert(world: World, m: Computer) -> None:
+    """SQLite becomes etcd and keeps its CA (K3S.md 1)."""
+    if m.k3s.store is Datastore.SQLITE:
+        m.k3s.store = Datastore.ETCD
+        _become_member(world, m)
 
 
 def _join(world: World, m: Computer, order: Order) -> Verdict:
     k3s = m.k3s
     if hopeless := _hopeless(m, join=True, role=order.role):
         return hopeless
+    if k3s.cluster not in (None, order.ca_hash):
+        return Outcome.FAILED_FOR_GOOD, "the data of another cluster"
     member = k3s.store in (Datastore.ETCD, Datastore.AGENT)
     if not member and not any(_serves(world, m, url, order.ca_hash) for url in order.servers):
         return Outcome.FAILED, "no server can be reached"
     world.promise.starts_k3s(m, order)
-    if not member:
-        server = order.role is ServerOrAgent.SERVER
-        k3s.store = Datastore.ETCD if server else Datastore.AGENT
-        k3s.cluster = order.ca_hash
-        world.promise.joins(m, str(order.ca_hash))
+    if k3s.store is Datastore.AGENT and order.role is ServerOrAgent.SERVER:
+        k3s.running = k3s.ready = False  # a promotion: the agent's data goes aside
+        k3s.store, k3s.cluster = Datastore.NONE, None
+    if k3s.store is Datastore.NONE:
+        k3s.role, k3s.name, k3s.labelled = order.role, order.node_name, True
+    k3s.joining = order.ca_hash
     _start(world, m)
     return DONE
+
+
+def _step_down(world: World, m: Computer, order: Order) -> Verdict:
+    k3s = m.k3s
+    if k3s.store is not Datastore.ETCD:
+        return DONE
+    if k3s.cluster != order.ca_hash:
+        return Outcome.FAILED_FOR_GOOD, "the data of another cluster"
+    world.promise.steps_down(m, str(k3s.cluster))
+    k3s.running = k3s.ready = k3s.enabled = False
+    k3s.aside.append(str(k3s.cluster))
+    _empty(m)
+    return DONE
+
+
+def _empty(m: Computer) -> None:
+    k3s = m.k3s
+    k3s.store, k3s.cluster, k3s.member, k3s.joining = Datastore.NONE, None, None, None
+    k3s.origin, k3s.origin_generation = None, 0
 
 
 def _serves(world: World, m: Computer, url: str, ca_hash: str | None) -> bool:
@@ -155,7 +214,7 @@ def _serves(world: World, m: Computer, url: str, ca_hash: str | None) -> bool:
 
 def _stand_down(world: World, m: Computer, order: Order) -> Verdict:
     k3s = m.k3s
-    if k3s.origin is not None and k3s.origin != order.epoch:
+    if k3s.origin is not None and (k3s.origin_generation, k3s.origin) != _epoch(order):
         return Outcome.FAILED_FOR_GOOD, f"data of epoch {k3s.origin}"
     if k3s.origin is None and k3s.store is not Datastore.NONE:
         return DONE  # it was there before the site and stays as it is
@@ -163,7 +222,7 @@ def _stand_down(world: World, m: Computer, order: Order) -> Verdict:
     if k3s.cluster is not None:
         world.promise.stands_down(m, k3s.cluster)
         k3s.aside.append(k3s.cluster)
-    k3s.store, k3s.cluster, k3s.origin = Datastore.NONE, None, None
+    _empty(m)
     return DONE
 
 
@@ -183,9 +242,48 @@ def begin_to_run(world: World, m: Computer) -> None:
 
 
 def _becomes_ready(world: World, m: Computer, power: int, starts: int) -> None:
-    if m.power == power and m.k3s.running and m.k3s.starts == starts:
-        m.k3s.ready = True
-        watch(world, m)
+    """What K3s does at a start (K3S.md 1, 4, 7); what fails ends it, and its unit tries again."""
+    k3s = m.k3s
+    if m.power != power or not k3s.running or k3s.starts != starts:
+        return
+    if k3s.store is Datastore.ETCD and k3s.member not in cluster.of(world, _ca(m)).members:
+        # Removed from the member list: its tombstone moves the data aside and it starts anew.
+        k3s.aside.append(_ca(m))
+        k3s.store, k3s.cluster, k3s.member = Datastore.NONE, None, None
+        if k3s.joining is None:
+            _found(world, m)
+    if k3s.store is Datastore.NONE and not _enter(world, m):
+        dies(world, m)
+        return
+    k3s.ready = True
+    watch(world, m)
+
+
+def _ca(m: Computer) -> str:
+    return str(m.k3s.cluster)
+
+
+def _enter(world: World, m: Computer) -> bool:
+    """Join; False where no server can be reached, or the name is another machine's."""
+    k3s = m.k3s
+    if k3s.joining is None:
+        return False
+    found = cluster.of(world, k3s.joining)
+    servers = [c for c in cluster.running_members(world, k3s.joining, m) if c is not m]
+    if not servers or not cluster.has_quorum(world, k3s.joining, servers[0]):
+        return False
+    known = found.nodes.get(str(k3s.name))
+    if known is not None and (known.node != m.id or (known.server and known.node == m.id)):
+        return False  # the node password is another, or the member's name is taken
+    k3s.cluster = k3s.joining
+    world.promise.joins(m, k3s.joining)
+    if k3s.role is ServerOrAgent.SERVER:
+        k3s.store = Datastore.ETCD
+        _become_member(world, m)
+    else:
+        k3s.store = Datastore.AGENT
+        found.register(m, str(k3s.name), server=False)
+    return True
 
 
 def dies(world: World, m: Computer) -> None:

@@ -14,7 +14,15 @@ from dataclasses import replace
 from typing import Any
 
 from k3sagentd.core import machine
-from k3sagentd.core.effects import Announce, Effect, Persist, Report, Send, WriteOrder
+from k3sagentd.core.effects import (
+    Announce,
+    Effect,
+    Persist,
+    Report,
+    Send,
+    WriteErrand,
+    WriteOrder,
+)
 from k3sagentd.core.events import (
     AddressChanged,
     Event,
@@ -24,9 +32,10 @@ from k3sagentd.core.events import (
     PersistRecovered,
     Tick,
 )
+from k3sagentd.core.k3s import Datastore
 from k3sagentd.core.state import Site
 from k3sagentd.core.words import NodeId, NodePhase
-from tests.sim import root
+from tests.sim import cluster, root
 from tests.sim.computer import Computer, K3s
 from tests.sim.dice import Dice, Fault
 from tests.sim.disk import WRITE_ATOMICALLY, Disk
@@ -58,6 +67,8 @@ def abstract(m: Computer) -> tuple[object, ...]:
         type(node.proposal),
         node.durable.muted is not None,
         node.durable.started_epoch,
+        node.generation.number > 0,
+        node.roster.revision,
         order.action if order else None,
         node.drive.outcome,
         node.k3s.ready,
@@ -81,6 +92,7 @@ class World:
         self.inputs: Counter[str] = Counter()
         self.states: set[tuple[object, ...]] = set()
         self.computers: list[Computer] = []
+        self.clusters: dict[str, cluster.Cluster] = {}
         self.promise = Promise(self)
         self._queue: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self.scheduled = 0
@@ -134,7 +146,18 @@ class World:
             wall_s=plan.wall_s,
         )
         self.computers.append(m)
+        if plan.cluster is not None:
+            self._was_there(m, plan.cluster)
         return m
+
+    def _was_there(self, m: Computer, ca_hash: str) -> None:
+        """A cluster that somebody else started, on one machine."""
+        m.k3s.name, m.k3s.labelled = m.name, False
+        found = cluster.of(self, ca_hash)
+        if m.k3s.store is Datastore.ETCD:
+            m.k3s.member = f"{m.name}/before"
+            found.members.add(m.k3s.member)
+        found.register(m, m.name, server=m.k3s.store is Datastore.ETCD)
 
     def power_on(self, m: Computer) -> None:
         """Boot: K3s's unit if enabled, then the daemon."""
@@ -172,6 +195,8 @@ class World:
             instance=f"{m.number}.{m.process}",
             settle_s=self.plan.settle_s,
             abandon_after_s=self.plan.abandon_after_s,
+            replace_after_s=self.plan.replace_after_s,
+            hardware=m.hardware,
         )
         durable = m.disk.load()
         m.node = machine.new_node(site, durable, m.clock(self.now_s))
@@ -264,6 +289,8 @@ class World:
                 case WriteOrder(order=order):
                     self.promise.orders(m, order)
                     root.take(self, m, order)
+                case WriteErrand(errand=errand):
+                    cluster.take(self, m, errand)
                 case Report(text=text):
                     self._note(text)
         self._wind(m)

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a node leaves the cluster: it asks a ready server to drain it, then to delete its Node.
+
+What happens on the machine between the two steps (K3s is stopped) is the command's
+(``k3sagentd leave``); who may leave is the server's to say (``steward.refusal``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from k3sagentd.core import names
+from k3sagentd.core.messages import LeaveAnswer, LeaveRequest, LeaveStep
+from k3sagentd.core.registration import spread
+from k3sagentd.core.state import Leaving, Node
+from k3sagentd.core.turn import Turn
+from k3sagentd.core.words import NodeId
+
+ASK_S = 2.0
+"""Before a server is asked how far it is, or the next one."""
+
+
+def begin(turn: Turn, step: LeaveStep) -> None:
+    """The operator wants this step; one that is under way goes on."""
+    now = turn.node.leaving
+    if now is None or now.step is not step or now.done or now.refused:
+        turn.set(leaving=Leaving(step=step))
+
+
+def run(turn: Turn) -> None:
+    """Ask a ready server; who never came into a cluster has nothing to ask."""
+    node, leaving = turn.node, turn.node.leaving
+    if leaving is None or leaving.done or leaving.refused:
+        return
+    if node.seal is None or node.durable.node_name is None:
+        turn.set(leaving=replace(leaving, done=True))
+        return
+    if turn.now_s < leaving.asked_s + ASK_S:
+        return
+    servers = [hello.node for hello in node.up if hello.server_url]
+    if not servers:
+        only = node.id in node.roster.servers and len(node.roster.servers) == 1
+        why = "this is the only server: the cluster would end with it" if only else None
+        told = "a ready server of the cluster"
+        turn.set(leaving=replace(leaving, asked_s=turn.now_s, refused=why, told=told))
+        return
+    order = spread(node.id, servers)
+    # Who has begun goes on with it: what was drained is known to that server alone.
+    peer = leaving.asked if leaving.asked in order else order[0]
+    turn.set(leaving=replace(leaving, asked_s=turn.now_s, asked=peer))
+    turn.send(peer, LeaveRequest(step=leaving.step, node_name=names.keep(turn)))
+
+
+def on_answer(turn: Turn, sender: NodeId, message: LeaveAnswer) -> None:
+    """Take in how far the server is."""
+    leaving = turn.node.leaving
+    if leaving is None or leaving.asked != sender or leaving.step is not message.step:
+        return
+    told = f"{turn.node.name_of(sender)}: {message.waits_for}" if message.waits_for else None
+    turn.set(leaving=replace(leaving, done=message.done, refused=message.refused, told=told))
+
+
+def deadlines(node: Node) -> Iterator[float]:
+    """When a server is asked again."""
+    leaving = node.leaving
+    if leaving is not None and not leaving.done and not leaving.refused:
+        yield leaving.asked_s + ASK_S

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""K3s's name for this node: chosen once, the same for the life of the machine."""
+
+from __future__ import annotations
+
+from k3sagentd.core import guards
+from k3sagentd.core.state import Node
+from k3sagentd.core.turn import Turn
+
+COMMON_HOSTNAMES = frozenset({"raspberrypi", "localhost", "debian", "ubuntu", "dietpi", "armbian"})
+"""Names that images come with: never used alone as K3s's node name."""
+
+
+def keep(turn: Turn) -> str:
+    """The name, made durable before anything is called by it."""
+    name = turn.node.durable.node_name
+    if name is None:
+        name = choose(turn.node)
+        turn.persist(node_name=name)
+    return name
+
+
+def choose(node: Node) -> str:
+    """The hostname, made unique where others have or may have it; K3s's own where it ran before."""
+    hostname = node.site.hostname
+    if node.facts is not None and node.facts.node_name is not None:
+        return node.facts.node_name
+    if guards.existing_cluster(node) is not None:
+        return hostname
+    taken = {
+        name for peer in node.peers.values() for name in (peer.hello.hostname, peer.hello.node_name)
+    }
+    if hostname in taken or hostname in COMMON_HOSTNAMES:
+        return f"{hostname[:54].rstrip('-')}-{node.id[:8]}"
+    return hostname

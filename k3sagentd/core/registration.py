@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where to join: what a node of a sealed site hands out, and what a joiner takes (design, 4.5)."""
+
+from __future__ import annotations
+
+import hashlib
+
+from k3sagentd.core import names
+from k3sagentd.core.hello import k3s_role, own_url, url_of
+from k3sagentd.core.k3s import ServerOrAgent
+from k3sagentd.core.messages import Registration, RegistrationRequest
+from k3sagentd.core.state import Node
+from k3sagentd.core.turn import Turn
+from k3sagentd.core.words import NodeId, NodePhase
+
+ASK_S = 3.0
+"""Before a peer is asked for the registration again, or the next one."""
+ASK_AGAIN_S = 30.0
+"""Before it is asked about by a joiner that has its registration."""
+SERVERS_LIMIT = 16
+"""Registration addresses in one answer or order."""
+
+
+def spread(joiner: NodeId, choices: list[NodeId]) -> list[NodeId]:
+    """Rendezvous hashing (Thaler and Ravishankar 1998): each joiner has its own order, and the
+    joiners of one that went away are shared out among all others."""
+
+    def weight(choice: str) -> bytes:
+        return hashlib.sha256(f"{joiner}:{choice}".encode()).digest()
+
+    return sorted(choices, key=weight, reverse=True)
+
+
+def ready_urls(node: Node) -> tuple[str, ...]:
+    """The ready servers that we hear, best first for this node."""
+    ready = {h.node: h.server_url for h in node.up if h.server_url}
+    return tuple(ready[each] for each in spread(node.id, list(ready)))
+
+
+def registration(node: Node, joiner: NodeId, role: ServerOrAgent) -> Registration | None:
+    """What a node of a sealed site hands to one that joins; None before the seal."""
+    seal = node.seal
+    if seal is None:
+        return None
+    ready = {h.node: h.server_url for h in node.up if h.server_url and h.node != joiner}
+    own = own_url(node)
+    if node.k3s.ready and k3s_role(node) is ServerOrAgent.SERVER and own and joiner != node.id:
+        ready[node.id] = own
+    urls = [ready[each] for each in spread(joiner, list(ready))]
+    if node.site.registration_address:
+        urls.insert(0, url_of(node.site.registration_address))
+    return Registration(
+        servers=tuple(dict.fromkeys(urls))[:SERVERS_LIMIT] or seal.addresses,
+        ca_hash=seal.ca_hash,
+        k3s_version=seal.k3s_version,
+        shared_flags=seal.shared_flags,
+        role=role,
+    )
+
+
+# --- the joiner -----------------------------------------------------------------------------
+
+
+def ask(turn: Turn, *, again: bool = False) -> None:
+    """Ask one sealed peer where to join; the next one when it does not answer in time.
+
+    A ready server where one is heard: it alone knows whether our name is free.
+    """
+    node = turn.node
+    pause_s = ASK_AGAIN_S if again else ASK_S
+    if turn.now_s < node.drive.asked_s + pause_s:  # as in deadline, to the last bit
+        return
+    known = [h for h in node.up if h.generation == node.generation]
+    sealed = [h for h in known if h.log_length >= len(node.log)]
+    choices = [h.node for h in sealed if h.server_url] or [h.node for h in sealed]
+    if not choices:
+        return
+    order = spread(node.id, choices)
+    asked, told = node.drive.asked, node.drive.told
+    # Who said that it is being seen to is asked again; who said nothing is passed over.
+    after = order.index(asked) + (told is None) if asked in order else 0
+    peer = order[after % len(order)]
+    name = names.keep(turn)
+    turn.drive(asked_s=turn.now_s, asked=peer, told=None)
+    role = k3s_role(node) or ServerOrAgent.AGENT
+    turn.send(peer, RegistrationRequest(role=role, node_name=name))
+
+
+def on_registration(turn: Turn, message: Registration) -> None:
+    """Take a registration that is of the cluster we know to be sealed, for the role we have."""
+    node = turn.node
+    if node.phase is not NodePhase.JOINING or node.seal is None:
+        return
+    wanted = message.ca_hash == node.seal.ca_hash and message.role is k3s_role(node)
+    if wanted and message.servers:
+        turn.drive(registration=message, told=None)
+
+
+def on_not_yet(turn: Turn, sender: NodeId, reason: str) -> None:
+    """The server that we asked sees to something first."""
+    node = turn.node
+    if node.phase is NodePhase.JOINING and node.drive.asked == sender:
+        turn.drive(told=f"{node.name_of(sender)}: {reason}"[:200])

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which machines should be servers: learned from the cluster, and what it ought to be.
+
+The roster changes by the word of the Lease's holder alone (``steward``); everybody else takes the
+newest that a peer knows. Its number of servers is odd, but while one takes over from another that
+is alive: two members of etcd are worse than one (K3S.md 4).
+"""
+
+from __future__ import annotations
+
+from k3sagentd.core import ranking
+from k3sagentd.core.cluster import Roster
+from k3sagentd.core.hello import has_etcd, k3s_role, own_hello, server_url
+from k3sagentd.core.k3s import Datastore, ServerOrAgent
+from k3sagentd.core.messages import Hello
+from k3sagentd.core.state import Node
+from k3sagentd.core.turn import Turn
+from k3sagentd.core.words import NodeId, NodePhase, Role
+
+
+def learn(turn: Turn, found: Roster | None) -> None:
+    """Take a newer roster in; an older one means nothing."""
+    node = turn.node
+    if found is None or found.revision <= node.roster.revision:
+        return
+    before = k3s_role(node)
+    turn.persist(roster=found)
+    if k3s_role(turn.node) is not before and node.phase is NodePhase.JOINING:
+        turn.drive(prepared=False, registration=None, asked_s=float("-inf"), told=None)
+    names = ", ".join(node.name_of(each) for each in found.servers)
+    turn.report(f"roster {found.revision}: the servers are {names}")
+
+
+def watch(turn: Turn) -> None:
+    """Note since when servers are missing."""
+    node = turn.node
+    ready = ready_servers(node)
+    sealed = node.seal is not None
+    unserved = _since(node.unserved_since_s, sealed and not ready, turn.now_s)
+    short = _since(node.short_since_s, sealed and len(ready) < node.site.servers, turn.now_s)
+    if (unserved, short) != (node.unserved_since_s, node.short_since_s):
+        turn.set(unserved_since_s=unserved, short_since_s=short)
+
+
+def _since(before_s: float | None, holds: bool, now_s: float) -> float | None:
+    if not holds:
+        return None
+    return now_s if before_s is None else before_s
+
+
+def ready_servers(node: Node) -> list[NodeId]:
+    """The servers that are ready now, as we hear."""
+    own = [node.id] if server_url(node) is not None else []
+    return own + [hello.node for hello in node.up if hello.server_url is not None]
+
+
+def members(node: Node) -> tuple[NodeId, ...]:
+    """Who is a server by the roster, or was one before there was a roster."""
+    listed = node.roster.servers
+    if node.roster.revision:
+        return listed
+    adopted = [
+        h.node for h in node.up if h.datastore is Datastore.ETCD and h.existing == _ca_hash(node)
+    ]
+    if has_etcd(node) and k3s_role(node) is ServerOrAgent.SERVER:
+        adopted.append(node.id)
+    return (*listed, *sorted(set(adopted) - set(listed)))
+
+
+def _ca_hash(node: Node) -> str | None:
+    return node.seal.ca_hash if node.seal is not None else None
+
+
+def _has_member(hello: Hello) -> bool:
+    """Whether a machine is a member of etcd; its facts may be of before it was one."""
+    return hello.datastore is Datastore.ETCD or hello.server_url is not None
+
+
+def absent_since_s(node: Node, machine: NodeId) -> float | None:
+    """Since when ``machine`` is not heard; None while it is.
+
+    Who was never heard is absent since our own start: a restart must not make us hasty.
+    """
+    if machine == node.id:
+        return None
+    peer = node.peers.get(machine)
+    if peer is None:
+        return node.started_s
+    return None if peer.up else peer.lost_s
+
+
+def is_gone(node: Node, machine: NodeId, now_s: float) -> bool:
+    """Whether ``machine`` was not heard for so long that its place may be given away."""
+    since_s = absent_since_s(node, machine)
+    return since_s is not None and now_s >= since_s + node.site.replace_after_s
+
+
+def is_overdue(node: Node, now_s: float) -> bool:
+    """Whether servers are missing for so long that other machines may step in."""
+    since_s = node.short_since_s
+    return since_s is not None and now_s >= since_s + node.site.replace_after_s
+
+
+def may_serve(hello: Hello) -> bool:
+    """Whether a machine that is no server could be made one."""
+    able = hello.role is not Role.AGENT and hello.k3s_role is ServerOrAgent.AGENT
+    settled = hello.phase in (NodePhase.JOINING, NodePhase.READY)
+    return able and settled and hello.datastore in (Datastore.NONE, Datastore.AGENT)
+
+
+def desired(node: Node, now_s: float) -> tuple[NodeId, ...] | None:
+    """The servers as they should be listed next; None where the list is right, or must wait.
+
+    One step at a time: a server that is alive goes only after who takes its place is ready, one
+    that is dead goes with the word that names another.
+    """
+    current = members(node)
+    heard = {h.node: h for h in (own_hello(node), *node.up) if h.generation == node.generation}
+    absent = [each for each in current if each not in heard]
+    dead = [each for each in absent if is_gone(node, each, now_s)]
+    if len(dead) < len(absent):
+        return None  # perhaps it only boots
+    here = [heard[each] for each in current if each in heard]
+    best = _best(node, here, [h for h in heard.values() if h.node not in current], now_s)
+    healthy = all(hello.server_url for hello in here)
+    kept = tuple(h.node for h in here if _has_member(h) or h.node in best)
+    added = tuple(each for each in best if each not in current)
+    if added:
+        return (*kept, *added) if dead or healthy else None
+    if dead or len(kept) < len(here):
+        fewer = kept if is_overdue(node, now_s) else current
+        return fewer if fewer != current and len(fewer) % 2 else None
+    surplus = sorted((h for h in here if h.node not in best), key=lambda h: h.role is Role.AGENT)
+    taken_over = node.roster.revision > 0 and len(current) % 2 == 0
+    if surplus and healthy and taken_over:
+        return tuple(each for each in current if each != surplus[-1].node)
+    return None
+
+
+def _best(node: Node, here: list[Hello], others: list[Hello], now_s: float) -> tuple[NodeId, ...]:
+    """Those who should be servers, best first: who was asked to, who is one, the faster disk, who
+    runs nothing yet."""
+    stepping_down = any(hello.role is Role.AGENT for hello in here)
+    vacant = stepping_down or is_overdue(node, now_s)
+    able = [h for h in here if h.role is not Role.AGENT]
+    able += [h for h in others if may_serve(h) and (vacant or h.role is Role.SERVER)]
+    asked_for = sum(hello.role is Role.SERVER for hello in able)
+    size = ranking.odd(min(max(node.site.servers, asked_for), len(able)))
+
+    def key(hello: Hello) -> tuple[bool, bool, int, bool, bytes]:
+        return (
+            hello.role is not Role.SERVER,
+            not _has_member(hello),
+            hello.fitness,
+            hello.phase is NodePhase.READY,
+            ranking.lot(node.site.election_key, hello.node),
+        )
+
+    return tuple(hello.node for hello in sorted(able, key=key)[:size])

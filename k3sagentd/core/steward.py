@@ -1,0 +1,320 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a ready server does for the cluster as a whole: who is a server, and which Nodes must go.
+
+One server at a time decides, the one that holds the Lease; it is taken when there is something to
+decide, and given back. The Lease's resourceVersion is what makes a decision one: an errand that was
+decided on an older one fails. Nothing is looked at while there is nothing to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from k3sagentd.core import paxos, ranking, roster
+from k3sagentd.core.cluster import ClusterView, Errand, ErrandResult, KubeNode, Roster
+from k3sagentd.core.effects import WriteErrand
+from k3sagentd.core.hello import k3s_role
+from k3sagentd.core.k3s import Datastore, Outcome, ServerOrAgent
+from k3sagentd.core.messages import (
+    LeaveAnswer,
+    LeaveRequest,
+    LeaveStep,
+    NotYet,
+    Registration,
+    RegistrationRequest,
+)
+from k3sagentd.core.registration import registration
+from k3sagentd.core.state import Node, Wish
+from k3sagentd.core.turn import Turn
+from k3sagentd.core.words import NodeId, NodePhase
+
+VIEW_S = 30.0
+"""A look at the cluster is good for so long."""
+LEASE_S = 60.0
+"""A Lease that its holder has not written for so long is anybody's. Longer than any errand but a
+drain takes, and judged by our own clock, as client-go does (tools/leaderelection)."""
+ERRAND_TIMEOUT_S = 900.0
+"""After this an errand without an end was lost with the process that had taken it."""
+RETRY_S = 5.0
+RETRY_LIMIT_S = 300.0
+WISH_S = 30.0
+"""Who does not ask again for so long does not want it any more."""
+WISHES_LIMIT = 512
+"""Peers that may wait for us at a time."""
+
+
+def is_steward(node: Node) -> bool:
+    """Whether this node speaks to the cluster's API: its own server is ready."""
+    ready = node.phase is NodePhase.READY and node.k3s.ready
+    return ready and node.seal is not None and k3s_role(node) is ServerOrAgent.SERVER
+
+
+# --- errands --------------------------------------------------------------------------------
+
+
+def run(turn: Turn) -> None:
+    """Give the errand that is due, if any."""
+    node, now_s = turn.node, turn.now_s
+    steward = node.steward
+    busy = steward.errand is not None and now_s < steward.ordered_s + ERRAND_TIMEOUT_S
+    if not is_steward(node) or busy or now_s < steward.not_before_s:
+        return
+    changes = _next(node, now_s)
+    if changes is None:
+        return
+    serial = steward.serial + 1
+    errand = Errand(serial=serial, instance=node.site.instance, node=node.id, **changes)
+    turn.set(steward=replace(steward, errand=errand, serial=serial, ordered_s=now_s))
+    turn.effects.append(WriteErrand(errand=errand))
+
+
+def _next(node: Node, now_s: float) -> dict[str, Any] | None:
+    """What the next errand is to do; None for nothing, an empty one only looks."""
+    steward, view = node.steward, node.steward.view
+    if view is None:
+        return {}  # what is written there, and what an earlier holder left undone
+    stale = now_s >= steward.viewed_s + VIEW_S
+    wished = any(now_s < wish.heard_s + WISH_S for wish in steward.wishes.values())
+    work = _work(node, view, now_s)
+    if stale and (work or wished):
+        return {}
+    mine = view.holder == node.id
+    held = {"hold": True, "lease_version": view.lease_version}
+    if work is None:
+        return held | {"release": True} if mine else None
+    if not mine and view.holder is not None and now_s < steward.lease_since_s + LEASE_S:
+        return None
+    return held | work if mine else held
+
+
+def _work(node: Node, view: ClusterView, now_s: float) -> dict[str, Any] | None:
+    """The next thing to decide, as fields of an errand; None when all is well."""
+    servers = roster.desired(node, now_s)
+    if servers is not None:
+        written = view.roster.revision if view.roster is not None else 0
+        revision = max(written, node.roster.revision) + 1
+        return {"roster": Roster(revision=revision, servers=servers)}
+    for left in view.nodes:
+        if _is_left_over(node, left):
+            return {"remove": left.name, "uid": left.uid}
+    for peer, wish in sorted(node.steward.wishes.items()):
+        kube = _node_named(view, wish.node_name)
+        if kube is None or now_s >= wish.heard_s + WISH_S:
+            continue
+        if wish.step is not None:
+            if not _is_done(view, wish) and refusal(view, kube) is None:
+                return _leave_work(kube, wish)
+        elif _is_in_the_way(kube, peer, wish.role) and not _still_there(node, kube, peer, now_s):
+            return {"remove": kube.name, "uid": kube.uid}
+    return None
+
+
+def _leave_work(kube: KubeNode, wish: Wish) -> dict[str, Any]:
+    if wish.step is LeaveStep.DRAIN:
+        return {"drain": kube.name}
+    return {"remove": kube.name, "uid": kube.uid, "dead": False}
+
+
+def _is_left_over(node: Node, kube: KubeNode) -> bool:
+    """A server's Node that is dead and that the roster does not list: its member must go."""
+    if node.roster.revision == 0 or not kube.server or kube.ready or kube.node is None:
+        return False
+    if kube.node in node.roster.servers:
+        return False
+    peer = node.peers.get(kube.node)
+    return peer is None or not peer.up or peer.hello.datastore is not Datastore.ETCD
+
+
+def on_ended(turn: Turn, result: ErrandResult) -> None:
+    """Take in what root did and saw; what an earlier run of the daemon asked means nothing."""
+    steward, view = turn.node.steward, result.view
+    if steward.errand is None or result.errand != steward.errand:
+        return
+    errand = steward.errand
+    changes: dict[str, Any] = {"errand": None, "reason": result.reason}
+    if view is not None:
+        changes |= {"view": view, "viewed_s": turn.now_s}
+        before = steward.view.lease_version if steward.view is not None else None
+        if view.lease_version != before:
+            changes["lease_since_s"] = turn.now_s
+    if result.outcome is Outcome.DONE:
+        changes |= {"failures": 0, "not_before_s": turn.now_s}
+        changes["wishes"] = _granted(steward.wishes, errand)
+        if errand.roster or errand.drain or errand.remove:
+            turn.report(f"{errand.describe()}: done")
+    else:
+        failures = steward.failures + 1
+        share = ranking.lot(turn.node.site.election_key, turn.node.id)[0] / 255
+        pause_s = min(RETRY_LIMIT_S, RETRY_S * 2 ** min(failures - 1, 6)) * (0.5 + 0.5 * share)
+        changes |= {"failures": failures, "not_before_s": turn.now_s + pause_s}
+        if result.reason != steward.reason:
+            turn.report(f"{errand.describe()} failed: {result.reason}")
+    turn.set(steward=replace(steward, **changes))
+    if view is not None:
+        roster.learn(turn, view.roster)
+
+
+def _granted(wishes: Any, errand: Errand) -> dict[NodeId, Wish]:
+    return {
+        peer: replace(wish, drained=wish.drained or wish.node_name == errand.drain)
+        for peer, wish in wishes.items()
+    }
+
+
+def deadlines(node: Node) -> Iterator[float]:
+    """When ``run`` may have something to do that only time brings."""
+    if not is_steward(node):
+        return
+    steward, replace_after_s = node.steward, node.site.replace_after_s
+    yield steward.not_before_s
+    if steward.errand is not None:
+        yield steward.ordered_s + ERRAND_TIMEOUT_S
+    if steward.view is not None and steward.view.holder is not None:
+        yield steward.lease_since_s + LEASE_S
+        yield steward.viewed_s + VIEW_S
+    if steward.wishes:
+        yield steward.viewed_s + VIEW_S
+    if node.short_since_s is not None:
+        yield node.short_since_s + replace_after_s
+        for machine in roster.members(node):
+            if (since_s := roster.absent_since_s(node, machine)) is not None:
+                yield since_s + replace_after_s
+
+
+# --- who wants something of us --------------------------------------------------------------
+
+
+def answer_joiner(
+    turn: Turn, sender: NodeId, message: RegistrationRequest
+) -> Registration | NotYet | None:
+    """Hand out the registration, or say what must be out of the way first."""
+    node, now_s = turn.node, turn.now_s
+    listed = sender in roster.members(node)
+    role = ServerOrAgent.SERVER if listed else ServerOrAgent.AGENT
+    if not is_steward(node):
+        return registration(node, sender, role)
+    view = node.steward.view
+    if view is None or now_s >= node.steward.viewed_s + VIEW_S:
+        reason: str | None = "the list of the cluster's Nodes to be read"
+    elif sender in (roster.desired(node, now_s) or ()) and not listed:
+        reason = "this machine to be listed as a server"
+    else:
+        kube = _node_named(view, message.node_name)
+        reason = None
+        if kube is not None and _is_in_the_way(kube, sender, message.role):
+            still = _still_there(node, kube, sender, now_s)
+            reason = still or f"the Node {kube.name} of an earlier installation to be removed"
+            if still is None and node.steward.reason:
+                reason += f" ({node.steward.reason})"
+    if reason is None:
+        _forget(turn, sender)
+        return registration(node, sender, role)
+    _wish(turn, sender, Wish(node_name=message.node_name, heard_s=now_s, role=message.role))
+    return NotYet(reason=reason)
+
+
+def answer_leaver(turn: Turn, sender: NodeId, message: LeaveRequest) -> LeaveAnswer:
+    """How far we are with helping ``sender`` out of the cluster."""
+    node, now_s = turn.node, turn.now_s
+    step, view = message.step, node.steward.view
+    if not is_steward(node):
+        return LeaveAnswer(step=step, done=False, waits_for="its server to be ready")
+    before = node.steward.wishes.get(sender)
+    drained = before is not None and before.drained and before.node_name == message.node_name
+    wish = Wish(node_name=message.node_name, heard_s=now_s, step=step, drained=drained)
+    _wish(turn, sender, wish)
+    if view is None or now_s >= node.steward.viewed_s + VIEW_S:
+        waits_for = "the list of the cluster's Nodes to be read"
+        return LeaveAnswer(step=step, done=False, waits_for=waits_for)
+    kube = _node_named(view, message.node_name)
+    if _is_done(view, wish):
+        if step is LeaveStep.REMOVE:
+            _forget(turn, sender)
+        return LeaveAnswer(step=step, done=True)
+    assert kube is not None, "who is not there is done"
+    if kube.node not in (None, sender):
+        refused: str | None = f"the Node {kube.name} is another machine's"
+    else:
+        refused = refusal(view, kube)
+    doing = "its pods to go elsewhere" if step is LeaveStep.DRAIN else "its Node to be removed"
+    waits_for = f"{doing}; {node.steward.reason}" if node.steward.reason else doing
+    return LeaveAnswer(step=step, done=False, refused=refused, waits_for=waits_for)
+
+
+def refusal(view: ClusterView, kube: KubeNode) -> str | None:
+    """Why ``kube`` may not leave: the servers that stay must be a quorum of those listed."""
+    if not kube.server:
+        return None
+    servers = [each for each in view.nodes if each.server]
+    ready = sum(each.ready for each in servers if each.name != kube.name)
+    needed = paxos.quorum(len(servers) - 1)
+    if len(servers) == 1:
+        return f"{kube.name} is the only server: the cluster would end with it"
+    if ready < needed:
+        return (
+            f"{ready} of the {len(servers) - 1} servers that stay are ready, {needed} must be: "
+            "without a quorum the cluster takes no changes"
+        )
+    return None
+
+
+def _is_done(view: ClusterView, wish: Wish) -> bool:
+    gone = _node_named(view, wish.node_name) is None
+    return gone or (wish.step is LeaveStep.DRAIN and wish.drained)
+
+
+def _wish(turn: Turn, sender: NodeId, wish: Wish) -> None:
+    steward = turn.node.steward
+    wishes = {
+        peer: each
+        for peer, each in steward.wishes.items()
+        if turn.now_s < each.heard_s + WISH_S and peer != sender
+    }
+    if len(wishes) < WISHES_LIMIT:
+        turn.set(steward=replace(steward, wishes={**wishes, sender: wish}))
+
+
+def _forget(turn: Turn, sender: NodeId) -> None:
+    steward = turn.node.steward
+    if sender in steward.wishes:
+        wishes = {peer: wish for peer, wish in steward.wishes.items() if peer != sender}
+        turn.set(steward=replace(steward, wishes=wishes))
+
+
+def _node_named(view: ClusterView, name: str) -> KubeNode | None:
+    return next((each for each in view.nodes if each.name == name), None)
+
+
+def _is_in_the_way(kube: KubeNode, joiner: NodeId, role: ServerOrAgent | None) -> bool:
+    """Whether K3s would refuse the joiner because of this Node (K3S.md 7).
+
+    A machine's own Node is in nobody's way, unless it stands for a member that is no more.
+    """
+    return kube.node != joiner or kube.server
+
+
+def _still_there(node: Node, kube: KubeNode, joiner: NodeId, now_s: float) -> str | None:
+    """Why the machine behind a Node is not surely gone; None when it is.
+
+    Surely gone is: the joiner itself as it was before; the same hardware under another identity; or
+    who was heard neither by K3s nor by us for as long as it takes to be replaced.
+    """
+    if kube.ready:
+        return f"the Node {kube.name} to be given up by K3s, which still hears it"
+    asks = node.peers.get(joiner)
+    mark = asks.hello.hardware if asks is not None else None
+    if kube.node == joiner or (mark is not None and mark == kube.hardware):
+        return None
+    for hello in node.up:
+        if hello.node != joiner and kube.node == hello.node:
+            return f"another name: {kube.name} is {node.name_of(hello.node)}, which is alive"
+    known = {p.hello.node for p in node.peers.values() if p.hello.node_name == kube.name}
+    owners = ({kube.node} if kube.node is not None else known) - {joiner}
+    ages = [roster.absent_since_s(node, owner) for owner in owners if owner is not None]
+    since_s = max([s for s in ages if s is not None], default=node.started_s)
+    left_s = since_s + node.site.replace_after_s - now_s
+    if left_s > 0:
+        return f"the machine that was {kube.name} to be surely gone, in {left_s:.0f} s"
+    return None
