@@ -7,7 +7,7 @@ from dataclasses import replace
 from operator import attrgetter, is_
 
 from k3sagentd.core import guards, ranking
-from k3sagentd.core.k3s import Datastore, ServerOrAgent
+from k3sagentd.core.k3s import Datastore, Outcome, ServerOrAgent
 from k3sagentd.core.messages import Hello
 from k3sagentd.core.state import Node
 
@@ -53,6 +53,16 @@ def url_of(host: str) -> str:
     return f"https://[{host}]:{K3S_PORT}" if ":" in host else f"https://{host}:{K3S_PORT}"
 
 
+def is_sound(node: Node) -> bool:
+    """Whether what was last ordered was done, or is tried for the first time."""
+    order, outcome = node.drive.order, node.drive.outcome
+    return (
+        order is None
+        or outcome is Outcome.DONE
+        or (outcome is Outcome.RUNNING and order.attempt == 0)
+    )
+
+
 def may_differ(before: Node, node: Node) -> bool:
     """Whether a part was replaced that the hello is made of."""
     return not all(map(is_, parts(before), parts(node)))
@@ -87,6 +97,7 @@ def own_hello(node: Node) -> Hello:
         generation=node.generation,
         existing_generation=node.facts.origin_generation if node.facts else 0,
         roster=node.durable.roster,
+        sound=is_sound(node),
         hardware=node.site.hardware,
     )
     if before is not None and hello != before:

@@ -105,7 +105,7 @@ def may_serve(hello: Hello) -> bool:
     """Whether a machine that is no server could be made one."""
     able = hello.role is not Role.AGENT and hello.k3s_role is ServerOrAgent.AGENT
     settled = hello.phase in (NodePhase.JOINING, NodePhase.READY)
-    return able and settled and hello.datastore in (Datastore.NONE, Datastore.AGENT)
+    return able and settled and hello.sound and hello.datastore in (Datastore.NONE, Datastore.AGENT)
 
 
 def desired(node: Node, now_s: float) -> tuple[NodeId, ...] | None:
@@ -142,7 +142,7 @@ def _best(node: Node, here: list[Hello], others: list[Hello], now_s: float) -> t
     runs nothing yet."""
     stepping_down = any(hello.role is Role.AGENT for hello in here)
     vacant = stepping_down or is_overdue(node, now_s)
-    able = [h for h in here if h.role is not Role.AGENT]
+    able = [h for h in here if h.role is not Role.AGENT and (_has_member(h) or h.sound)]
     able += [h for h in others if may_serve(h) and (vacant or h.role is Role.SERVER)]
     asked_for = sum(hello.role is Role.SERVER for hello in able)
     size = ranking.odd(min(max(node.site.servers, asked_for), len(able)))
