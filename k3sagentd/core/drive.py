@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from k3sagentd.core import guards, log, names, ranking
+from k3sagentd.core import guards, leaving, log, names, ranking
 from k3sagentd.core.effects import WriteOrder
 from k3sagentd.core.hello import has_etcd, k3s_role, own_url, url_of
 from k3sagentd.core.k3s import Action, Datastore, Order, Outcome, Result, ServerOrAgent
 from k3sagentd.core.log import Seal
-from k3sagentd.core.messages import Hello
+from k3sagentd.core.messages import Hello, LeaveStep
 from k3sagentd.core.registration import SERVERS_LIMIT, ask, ready_urls
 from k3sagentd.core.state import Drive, Node
 from k3sagentd.core.turn import Turn
@@ -72,13 +72,14 @@ def must_stand_down(node: Node) -> bool:
 def is_other_role(node: Node) -> bool:
     """Whether K3s here was made for the other role than the roster gives this machine now.
 
-    By what it was last told; facts are of before K3s had begun.
+    By what it was last told, also where nobody said that it was done; facts are of before K3s had
+    begun.
     """
     role, facts, order = k3s_role(node), node.facts, node.drive.order
     if role is None or facts is None or node.seal is None:
         return False
     made = order is not None and order.action in (Action.INIT, Action.JOIN)
-    if order is not None and made and node.drive.outcome is Outcome.DONE:
+    if order is not None and made and node.drive.outcome in (Outcome.DONE, Outcome.RUNNING):
         return order.role is not role
     if role is ServerOrAgent.SERVER:
         return facts.datastore is Datastore.AGENT
@@ -170,12 +171,6 @@ def join_barrier(node: Node) -> str | None:
     return f"server {_names(node, unready[:1])} to be ready first" if unready else None
 
 
-def servers_missing(node: Node) -> list[NodeId]:
-    """Listed servers that are not ready: a member that goes now could take the quorum with it."""
-    heard = {hello.node: hello for hello in node.up}
-    return [s for s in node.roster.servers if s not in heard or heard[s].server_url is None]
-
-
 def _prepared(hello: Hello | None) -> bool:
     return hello is not None and (hello.prepared or hello.server_url is not None)
 
@@ -225,8 +220,12 @@ def _join(turn: Turn) -> None:
             _ensure(turn, Action.JOIN)
         return
     if is_other_role(node) and k3s_role(node) is ServerOrAgent.AGENT:
-        if not servers_missing(node):
+        # Its member goes first, by the word of the others: two that are left of three are a quorum,
+        # one that is left of two is none.
+        if leaving.is_out(node):
             _ensure(turn, Action.STEP_DOWN)
+        else:
+            leaving.begin(turn, LeaveStep.REMOVE)
         return
     if k3s_role(node) is ServerOrAgent.SERVER and not node.drive.prepared:
         _ensure(turn, Action.PREPARE)
@@ -237,7 +236,7 @@ def _join(turn: Turn) -> None:
             return
         _ensure(turn, Action.JOIN)
         if is_kept_out(turn.node, turn.now_s):
-            ask(turn, again=True)
+            ask(turn)
 
 
 def is_kept_out(node: Node, now_s: float) -> bool:
@@ -363,6 +362,8 @@ def on_result(turn: Turn, result: Result) -> None:
     prepared = drive.prepared or (
         result.outcome is Outcome.DONE and drive.order.action in (Action.PREPARE, Action.JOIN)
     )
+    if drive.order.action is Action.STEP_DOWN and result.outcome is Outcome.DONE:
+        turn.set(leaving=None)
     turn.drive(outcome=result.outcome, result=result, retry_at_s=retry_at_s, prepared=prepared)
     if retry_at_s is not None:
         turn.drive(registration=None, asked_s=float("-inf"))

@@ -7,9 +7,10 @@ from dataclasses import replace
 from operator import attrgetter, is_
 
 from k3sagentd.core import guards, ranking
-from k3sagentd.core.k3s import Datastore, Outcome, ServerOrAgent
+from k3sagentd.core.k3s import Action, Datastore, Outcome, ServerOrAgent
 from k3sagentd.core.messages import Hello
 from k3sagentd.core.state import Node
+from k3sagentd.core.words import NodePhase
 
 K3S_PORT = 6443
 parts = attrgetter("announced", "site", "durable", "address", "phase", "facts", "drive", "k3s")
@@ -37,7 +38,8 @@ def has_etcd(node: Node) -> bool:
 
 def server_url(node: Node) -> str | None:
     """Where others reach this node's server, once the site is sealed and it is ready."""
-    ready = node.k3s.ready and node.seal is not None
+    # An agent has no CA to show: it may run while it is made a server.
+    ready = node.k3s.ready and node.k3s.ca_hash is not None and node.seal is not None
     if not ready or k3s_role(node) is not ServerOrAgent.SERVER:
         return None
     return own_url(node)
@@ -53,9 +55,20 @@ def url_of(host: str) -> str:
     return f"https://[{host}]:{K3S_PORT}" if ":" in host else f"https://{host}:{K3S_PORT}"
 
 
+def may_be_member(node: Node) -> bool:
+    """Whether etcd may count on this machine: its data says so, or its server was told to start."""
+    order, outcome = node.drive.order, node.drive.outcome
+    started = order is not None and order.action in (Action.INIT, Action.JOIN)
+    if order is not None and started and order.role is ServerOrAgent.SERVER:
+        return outcome in (Outcome.RUNNING, Outcome.DONE) or has_etcd(node)
+    return has_etcd(node)
+
+
 def is_sound(node: Node) -> bool:
     """Whether what was last ordered was done, or is tried for the first time."""
     order, outcome = node.drive.order, node.drive.outcome
+    if node.phase is NodePhase.FAILED:
+        return False
     return (
         order is None
         or outcome is Outcome.DONE
@@ -97,6 +110,7 @@ def own_hello(node: Node) -> Hello:
         generation=node.generation,
         existing_generation=node.facts.origin_generation if node.facts else 0,
         roster=node.durable.roster,
+        member=may_be_member(node),
         sound=is_sound(node),
         hardware=node.site.hardware,
     )

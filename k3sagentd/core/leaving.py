@@ -2,7 +2,8 @@
 """How a node leaves the cluster: it asks a ready server to drain it, then to delete its Node.
 
 What happens on the machine between the two steps (K3s is stopped) is the command's
-(``k3sagentd leave``); who may leave is the server's to say (``steward.refusal``).
+(``k3sagentd leave``); who may leave is the server's to say (``steward.refusal``). A server that
+becomes an agent asks for the second step alone.
 """
 
 from __future__ import annotations
@@ -22,10 +23,18 @@ ASK_S = 2.0
 
 
 def begin(turn: Turn, step: LeaveStep) -> None:
-    """The operator wants this step; one that is under way goes on."""
+    """This step is wanted; one that is under way goes on, one that was refused is asked again."""
     now = turn.node.leaving
-    if now is None or now.step is not step or now.done or now.refused:
+    if now is not None and now.step is step and now.refused:
+        turn.set(leaving=replace(now, refused=None, told=now.refused))
+    elif now is None or now.step is not step or now.done:
         turn.set(leaving=Leaving(step=step))
+
+
+def is_out(node: Node) -> bool:
+    """Whether the cluster has let this node go."""
+    leaving = node.leaving
+    return leaving is not None and leaving.step is LeaveStep.REMOVE and leaving.done
 
 
 def run(turn: Turn) -> None:

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from k3sagentd.core import drive, guards
-from k3sagentd.core.k3s import Action, K3sState, Outcome
+from k3sagentd.core.hello import k3s_role
+from k3sagentd.core.k3s import Action, K3sState, Outcome, ServerOrAgent
 from k3sagentd.core.turn import Turn
 from k3sagentd.core.words import NodePhase
 
@@ -83,7 +84,10 @@ def k3s_is_ready(turn: Turn) -> bool:
     state, seal = turn.node.k3s, turn.node.seal
     if drive.is_other_role(turn.node):
         return False  # it is ready as what it should not be any more
-    return state.ready and seal is not None and state.ca_hash in (None, seal.ca_hash)
+    if not state.ready or seal is None:
+        return False
+    is_agent = k3s_role(turn.node) is ServerOrAgent.AGENT
+    return state.ca_hash == seal.ca_hash or (is_agent and state.ca_hash is None)
 
 
 def k3s_is_not_ready(turn: Turn) -> bool:

@@ -402,8 +402,7 @@ def _deadlines(node: Node) -> Iterator[float]:
     if (due_s := drive.order_due_s(node.drive)) is not None:
         yield due_s
     if node.phase is NodePhase.JOINING:
-        yield node.drive.asked_s + registration.ASK_S
-        yield node.drive.asked_s + registration.ASK_AGAIN_S
+        yield registration.due_s(node)
         yield node.drive.ordered_s + drive.KEPT_OUT_S
     yield from steward.deadlines(node)
     yield from leaving.deadlines(node)

@@ -71,6 +71,8 @@ class Hello:
     """The generation of ``existing_epoch``."""
     roster: Roster | None = None
     """The newest that it knows; None: the nomination's."""
+    member: bool = False
+    """It is, or may be about to be, a member of etcd: its server was started."""
     sound: bool = True
     """Its last order did not fail; who tries again and again is no candidate."""
     hardware: str | None = None

@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 
 from k3sagentd.core import names
-from k3sagentd.core.hello import k3s_role, own_url, url_of
+from k3sagentd.core.hello import k3s_role, server_url, url_of
 from k3sagentd.core.k3s import ServerOrAgent
 from k3sagentd.core.messages import Registration, RegistrationRequest
 from k3sagentd.core.state import Node
@@ -15,8 +15,8 @@ from k3sagentd.core.words import NodeId, NodePhase
 
 ASK_S = 3.0
 """Before a peer is asked for the registration again, or the next one."""
-ASK_AGAIN_S = 30.0
-"""Before it is asked about by a joiner that has its registration."""
+ASK_LIMIT_S = 48.0
+"""What the pause grows to where something must be seen to first, which may take a person."""
 SERVERS_LIMIT = 16
 """Registration addresses in one answer or order."""
 
@@ -43,8 +43,8 @@ def registration(node: Node, joiner: NodeId, role: ServerOrAgent) -> Registratio
     if seal is None:
         return None
     ready = {h.node: h.server_url for h in node.up if h.server_url and h.node != joiner}
-    own = own_url(node)
-    if node.k3s.ready and k3s_role(node) is ServerOrAgent.SERVER and own and joiner != node.id:
+    own = server_url(node)
+    if own and joiner != node.id:
         ready[node.id] = own
     urls = [ready[each] for each in spread(joiner, list(ready))]
     if node.site.registration_address:
@@ -61,14 +61,19 @@ def registration(node: Node, joiner: NodeId, role: ServerOrAgent) -> Registratio
 # --- the joiner -----------------------------------------------------------------------------
 
 
-def ask(turn: Turn, *, again: bool = False) -> None:
+def due_s(node: Node) -> float:
+    """When a peer is asked next."""
+    pause_s = ASK_S * 2.0 ** min(node.drive.asks // 5, 6)
+    return node.drive.asked_s + min(ASK_LIMIT_S, pause_s)
+
+
+def ask(turn: Turn) -> None:
     """Ask one sealed peer where to join; the next one when it does not answer in time.
 
     A ready server where one is heard: it alone knows whether our name is free.
     """
     node = turn.node
-    pause_s = ASK_AGAIN_S if again else ASK_S
-    if turn.now_s < node.drive.asked_s + pause_s:  # as in deadline, to the last bit
+    if turn.now_s < due_s(node):
         return
     known = [h for h in node.up if h.generation == node.generation]
     sealed = [h for h in known if h.log_length >= len(node.log)]
@@ -81,7 +86,7 @@ def ask(turn: Turn, *, again: bool = False) -> None:
     after = order.index(asked) + (told is None) if asked in order else 0
     peer = order[after % len(order)]
     name = names.keep(turn)
-    turn.drive(asked_s=turn.now_s, asked=peer, told=None)
+    turn.drive(asked_s=turn.now_s, asked=peer, asks=node.drive.asks + 1, told=None)
     role = k3s_role(node) or ServerOrAgent.AGENT
     turn.send(peer, RegistrationRequest(role=role, node_name=name))
 
@@ -93,7 +98,7 @@ def on_registration(turn: Turn, message: Registration) -> None:
         return
     wanted = message.ca_hash == node.seal.ca_hash and message.role is k3s_role(node)
     if wanted and message.servers:
-        turn.drive(registration=message, told=None)
+        turn.drive(registration=message, told=None, asks=0)
 
 
 def on_not_yet(turn: Turn, sender: NodeId, reason: str) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from k3sagentd.core import ranking
 from k3sagentd.core.cluster import Roster
 from k3sagentd.core.hello import has_etcd, k3s_role, own_hello, server_url
-from k3sagentd.core.k3s import Datastore, ServerOrAgent
+from k3sagentd.core.k3s import Action, Datastore, ServerOrAgent
 from k3sagentd.core.messages import Hello
 from k3sagentd.core.state import Node
 from k3sagentd.core.turn import Turn
@@ -26,7 +26,9 @@ def learn(turn: Turn, found: Roster | None) -> None:
     before = k3s_role(node)
     turn.persist(roster=found)
     if k3s_role(turn.node) is not before and node.phase is NodePhase.JOINING:
-        turn.drive(prepared=False, registration=None, asked_s=float("-inf"), told=None)
+        order = node.drive.order
+        order = None if order is not None and order.action is Action.PREPARE else order
+        turn.drive(order=order, prepared=False, registration=None, asked_s=float("-inf"), told=None)
     names = ", ".join(node.name_of(each) for each in found.servers)
     turn.report(f"roster {found.revision}: the servers are {names}")
 
@@ -71,11 +73,6 @@ def _ca_hash(node: Node) -> str | None:
     return node.seal.ca_hash if node.seal is not None else None
 
 
-def _has_member(hello: Hello) -> bool:
-    """Whether a machine is a member of etcd; its facts may be of before it was one."""
-    return hello.datastore is Datastore.ETCD or hello.server_url is not None
-
-
 def absent_since_s(node: Node, machine: NodeId) -> float | None:
     """Since when ``machine`` is not heard; None while it is.
 
@@ -90,9 +87,19 @@ def absent_since_s(node: Node, machine: NodeId) -> float | None:
 
 
 def is_gone(node: Node, machine: NodeId, now_s: float) -> bool:
-    """Whether ``machine`` was not heard for so long that its place may be given away."""
+    """Whether ``machine`` was not heard for so long that its place may be given away.
+
+    Not by us, and not by K3s either, as far as we looked: its daemon alone may be what is silent.
+    """
     since_s = absent_since_s(node, machine)
-    return since_s is not None and now_s >= since_s + node.site.replace_after_s
+    if since_s is None or now_s < since_s + node.site.replace_after_s:
+        return False
+    view = node.steward.view
+    name = node.name_of(machine)
+    return view is None or not any(
+        kube.ready and (kube.node == machine or (kube.node is None and kube.name == name))
+        for kube in view.nodes
+    )
 
 
 def is_overdue(node: Node, now_s: float) -> bool:
@@ -123,7 +130,7 @@ def desired(node: Node, now_s: float) -> tuple[NodeId, ...] | None:
     here = [heard[each] for each in current if each in heard]
     best = _best(node, here, [h for h in heard.values() if h.node not in current], now_s)
     healthy = all(hello.server_url for hello in here)
-    kept = tuple(h.node for h in here if _has_member(h) or h.node in best)
+    kept = tuple(h.node for h in here if h.member or h.node in best)
     added = tuple(each for each in best if each not in current)
     if added:
         return (*kept, *added) if dead or healthy else None
@@ -142,7 +149,7 @@ def _best(node: Node, here: list[Hello], others: list[Hello], now_s: float) -> t
     runs nothing yet."""
     stepping_down = any(hello.role is Role.AGENT for hello in here)
     vacant = stepping_down or is_overdue(node, now_s)
-    able = [h for h in here if h.role is not Role.AGENT and (_has_member(h) or h.sound)]
+    able = [h for h in here if h.role is not Role.AGENT and (h.member or h.sound)]
     able += [h for h in others if may_serve(h) and (vacant or h.role is Role.SERVER)]
     asked_for = sum(hello.role is Role.SERVER for hello in able)
     size = ranking.odd(min(max(node.site.servers, asked_for), len(able)))
@@ -150,7 +157,7 @@ def _best(node: Node, here: list[Hello], others: list[Hello], now_s: float) -> t
     def key(hello: Hello) -> tuple[bool, bool, int, bool, bytes]:
         return (
             hello.role is not Role.SERVER,
-            not _has_member(hello),
+            not hello.member,
             hello.fitness,
             hello.phase is NodePhase.READY,
             ranking.lot(node.site.election_key, hello.node),

@@ -155,6 +155,8 @@ class Drive:
     asked_s: float = float("-inf")
     """When we last asked for a registration, and ``asked`` whom."""
     asked: NodeId | None = None
+    asks: int = 0
+    """How often in vain."""
     told: str | None = None
     """Why the peer that was asked did not hand a registration out, if so."""
 

@@ -14,7 +14,7 @@ from k3sagentd.core.hello import k3s_role, own_hello
 from k3sagentd.core.k3s import Outcome, ServerOrAgent
 from k3sagentd.core.messages import Hello
 from k3sagentd.core.state import Accepting, Node, Preparing
-from k3sagentd.core.words import NodePhase, Role, SitePhase
+from k3sagentd.core.words import NodeId, NodePhase, Role, SitePhase
 
 
 def site_phase(node: Node) -> SitePhase:
@@ -148,10 +148,12 @@ def _initialising(node: Node, now_s: float) -> str:
 def _joining(node: Node, now_s: float) -> str:
     if line := unserved(node, now_s):
         return line
+    if node.durable.muted and (node.drive.told or drive.is_kept_out(node, now_s)):
+        return f"a person: {node.durable.muted}"
     stays = drive.is_other_role(node) and k3s_role(node) is ServerOrAgent.AGENT
-    if stays and (missing := drive.servers_missing(node)):
-        names = ", ".join(node.name_of(each) for each in missing)
-        return f"{names} to be ready; then this server becomes an agent"
+    if stays and node.leaving is not None and not node.leaving.done:
+        told = node.leaving.refused or node.leaving.told or "a ready server of the cluster"
+        return f"{told}; then this server becomes an agent"
     if node.drive.outcome is not Outcome.DONE:
         return _result(node, now_s)
     barrier = drive.join_barrier(node)
@@ -175,6 +177,11 @@ def unserved(node: Node, now_s: float) -> str | None:
         return None  # its machine is heard: what is wrong with its K3s, it says itself
     for_long = duration(now_s - since_s)
     names = ", ".join(node.name_of(each) for each in servers)
+    if len(servers) == 1 and _is_installed_anew(node, servers[0]):
+        return (
+            f"a person: {names}, the cluster's only server, was installed anew, and the cluster "
+            "went with its disk; k3sagentd cluster-init --force on one machine starts a new one"
+        )
     if len(servers) == 1:
         return (
             f"{names}, the cluster's only server, not heard for {for_long}: power it on; or, if "
@@ -186,6 +193,14 @@ def unserved(node: Node, now_s: float) -> str | None:
         "or, if their disks are lost for good, k3sagentd cluster-init --force on another machine "
         "starts a new, empty cluster"
     )
+
+
+def _is_installed_anew(node: Node, machine: NodeId) -> bool:
+    """Whether the hardware of a node that is gone is here under another identity."""
+    peer = node.peers.get(machine)
+    mark = peer.hello.hardware if peer is not None else None
+    here = (own_hello(node), *node.up)
+    return mark is not None and any(hello.hardware == mark for hello in here)
 
 
 def _result(node: Node, now_s: float) -> str:

@@ -15,8 +15,8 @@ from typing import Any
 from k3sagentd.core import paxos, ranking, roster
 from k3sagentd.core.cluster import ClusterView, Errand, ErrandResult, KubeNode, Roster
 from k3sagentd.core.effects import WriteErrand
-from k3sagentd.core.hello import k3s_role
-from k3sagentd.core.k3s import Datastore, Outcome, ServerOrAgent
+from k3sagentd.core.hello import server_url
+from k3sagentd.core.k3s import Outcome, ServerOrAgent
 from k3sagentd.core.messages import (
     LeaveAnswer,
     LeaveRequest,
@@ -47,8 +47,7 @@ WISHES_LIMIT = 512
 
 def is_steward(node: Node) -> bool:
     """Whether this node speaks to the cluster's API: its own server is ready."""
-    ready = node.phase is NodePhase.READY and node.k3s.ready
-    return ready and node.seal is not None and k3s_role(node) is ServerOrAgent.SERVER
+    return node.phase is NodePhase.READY and server_url(node) is not None
 
 
 # --- errands --------------------------------------------------------------------------------
@@ -124,7 +123,7 @@ def _is_left_over(node: Node, kube: KubeNode) -> bool:
     if kube.node in node.roster.servers:
         return False
     peer = node.peers.get(kube.node)
-    return peer is None or not peer.up or peer.hello.datastore is not Datastore.ETCD
+    return peer is None or not peer.up or not peer.hello.member
 
 
 def on_ended(turn: Turn, result: ErrandResult) -> None:

@@ -13,6 +13,7 @@ from k3sagentd.core.drive import FOR_GOOD_RETRY_S, ORDER_TIMEOUT_S
 from k3sagentd.core.k3s import Datastore
 from k3sagentd.core.log import Nominate, Seal
 from k3sagentd.core.words import NodePhase, Role
+from tests.sim import root
 from tests.sim.computer import Computer
 from tests.sim.dice import Fault
 from tests.sim.promise import BrokenError, majority
@@ -99,6 +100,9 @@ def site_excuse(world: World, running: list[Computer]) -> str | None:
         alive = [m for m in running if m.k3s.cluster == seal.ca_hash]
         if not any(m.k3s.store is Datastore.ETCD for m in alive):
             return "no server of the sealed cluster is left"
+        members = world.clusters[seal.ca_hash].members
+        if sum(m.k3s.member in members for m in alive) < majority(len(members)):
+            return "etcd has lost its quorum"
         return None
     clusters = {m.k3s.cluster for m in running if m.k3s.cluster and m.k3s.origin is None}
     if len(clusters) > 1:
@@ -131,6 +135,8 @@ def machine_excuse(world: World, m: Computer) -> str | None:
     seal, nomination = sealed_to(world), m.node.nomination
     if m.plan.install_fails_for_good:
         return "its install fails for good"
+    if any(c is not m and c.id == m.id and c.node is not None for c in world.computers):
+        return "another live machine has its identity"
     if seal is None:
         return None
     if m.plan.shared_flags and seal.shared_flags != m.plan.shared_flags:
@@ -210,7 +216,7 @@ def _unable_init(world: World, m: Computer, found: re.Match[str]) -> bool:
 
 
 def _starting(world: World, m: Computer, found: re.Match[str]) -> bool:
-    return not m.k3s.ready
+    return not root.probe(world, m).ready
 
 
 def _flags(world: World, m: Computer, found: re.Match[str]) -> bool:
@@ -225,6 +231,10 @@ def _applying(world: World, m: Computer, found: re.Match[str]) -> bool:
 def _trying(world: World, m: Computer, found: re.Match[str]) -> bool:
     running = [c for c in world.computers if c.node]
     return site_excuse(world, running) in (NOBODY_CAN, OWNER_CANNOT)
+
+
+def _still_heard(world: World, m: Computer, found: re.Match[str]) -> bool:
+    return any(c.k3s.ready and c.k3s.name == found[1] for c in world.computers)
 
 
 def _lost_cluster(world: World, m: Computer, found: re.Match[str]) -> bool:
@@ -242,6 +252,8 @@ LINES: tuple[tuple[str, Callable[[World, Computer, re.Match[str]], bool]], ...] 
     (r"the memory cgroup is off|single-node cluster of its own|the data of", _hopeless),
     (r"^(.+) to be prepared \(servers join when all are\)", _unprepared),
     (r"no server can be reached|to hand out the registration address", _lost_cluster),
+    (r"the Node (\S+) to be given up by K3s, which still hears it", _still_heard),
+    (r"the cluster's only server|^any of the servers", _lost_cluster),
     (r"a machine that may be a server: all here", _unable_init),
     (r"^K3s on this machine to be ready", _starting),
     (r"cluster-cidr is 10.99.0.0/16 here but (\S+|not set) in the cluster", _flags),

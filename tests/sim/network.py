@@ -14,6 +14,7 @@ from k3sagentd import keys
 from k3sagentd.core.events import HelloReceived, MessageReceived, PeerLost
 from k3sagentd.core.messages import Hello, Message
 from k3sagentd.core.words import NodeId
+from tests.sim import root
 from tests.sim.computer import Computer
 from tests.sim.dice import Fault
 
@@ -72,6 +73,7 @@ class Network:
         """The wire changed."""
         for m in self._world.computers:
             self.relink(m)
+        root.stir(self._world)
 
     def relink(self, m: Computer) -> None:
         """Have the daemons notice, sooner or later, whom they reach."""

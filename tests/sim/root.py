@@ -11,7 +11,15 @@ import hashlib
 from typing import TYPE_CHECKING
 
 from k3sagentd.core.events import FactsRead, K3sProbed, ResultRead
-from k3sagentd.core.k3s import Action, Datastore, Order, Outcome, Result, ServerOrAgent
+from k3sagentd.core.k3s import (
+    Action,
+    Datastore,
+    K3sState,
+    Order,
+    Outcome,
+    Result,
+    ServerOrAgent,
+)
 from k3sagentd.core.words import NodePhase
 from tests.sim import cluster
 from tests.sim.computer import Computer
@@ -257,6 +265,7 @@ def _becomes_ready(world: World, m: Computer, power: int, starts: int) -> None:
         return
     k3s.ready = True
     watch(world, m)
+    stir(world)
 
 
 def _ca(m: Computer) -> str:
@@ -291,6 +300,7 @@ def dies(world: World, m: Computer) -> None:
     if m.k3s.running:
         m.k3s.running = m.k3s.ready = False
         watch(world, m)
+        stir(world)
         world.at(RESTART_S, _restarts, world, m, m.power)
 
 
@@ -306,7 +316,7 @@ def watch(world: World, m: Computer) -> None:
         return
     if node.drive.order is None and node.phase is not NodePhase.JOINING:
         return
-    if node.k3s == m.probe():
+    if node.k3s == probe(world, m):
         return
     m.probing = True
     world.at(0.2 + world.dice.uniform(5, m.number, m.effects), _probe, world, m, m.process)
@@ -319,4 +329,20 @@ def _probe(world: World, m: Computer, process: int) -> None:
     order = m.node.drive.order
     if order is not None and order.action is Action.STAND_DOWN:
         return
-    world.feed(m, K3sProbed(now_s=m.clock(world.now_s), state=m.probe()))
+    world.feed(m, K3sProbed(now_s=m.clock(world.now_s), state=probe(world, m)))
+
+
+def probe(world: World, m: Computer) -> K3sState:
+    """What a look at the running K3s shows; without a quorum a server is not ready (K3S.md 4)."""
+    state = m.probe()
+    server = state.ready and m.k3s.store is Datastore.ETCD
+    if server and not cluster.has_quorum(world, _ca(m), m):
+        return K3sState(running=True, detail="etcd has no quorum")
+    return state
+
+
+def stir(world: World) -> None:
+    """Something changed that servers elsewhere may notice."""
+    for m in world.computers:
+        if m.k3s.ready and m.k3s.store is Datastore.ETCD:
+            watch(world, m)

@@ -180,6 +180,7 @@ class World:
         m.k3s.running = m.k3s.ready = False
         m.waiting_order, m.applying, m.result = None, False, None
         self.stop_daemon(m)
+        root.stir(self)
 
     def start_daemon(self, m: Computer) -> None:
         """The unit starts the daemon."""
