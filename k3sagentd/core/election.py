@@ -376,7 +376,14 @@ def open_generation(turn: Turn, generation: log.Generation, **durable: Any) -> N
         | durable
         | {"generation": generation, "log": (), "acceptor": Acceptor(), "roster": None}
     )
-    turn.set(proposal=None, drive=Drive(), steward=Steward(), k3s=K3sState(), last_new_s=turn.now_s)
+    turn.set(
+        proposal=None,
+        drive=Drive(),
+        steward=Steward(),
+        k3s=K3sState(),
+        votes={},
+        last_new_s=turn.now_s,
+    )
 
 
 def _split(turn: Turn, message: Learned) -> None:

@@ -47,7 +47,7 @@ def run(turn: Turn) -> None:
         return
     if turn.now_s < leaving.asked_s + ASK_S:
         return
-    servers = [hello.node for hello in node.up if hello.server_url]
+    servers = [hello.node for hello in node.kin if hello.server_url]
     if not servers:
         only = node.id in node.roster.servers and len(node.roster.servers) == 1
         why = "this is the only server: the cluster would end with it" if only else None

@@ -95,6 +95,11 @@ def k3s_is_not_ready(turn: Turn) -> bool:
     return not turn.node.k3s.ready
 
 
+def has_begun_anew(turn: Turn) -> bool:
+    """A forced start opened another log, which this node follows."""
+    return turn.node.seal is None
+
+
 def is_superseded(turn: Turn) -> bool:
     """The operator forced a new cluster, and K3s here has data of the one before."""
     return guards.superseded(turn.node) is not None
@@ -228,6 +233,13 @@ TABLE: tuple[Rule, ...] = (
         may_not_elect,
         P.DISCOVERING,
         "without a quorum that agrees, waiting is all that is allowed",
+    ),
+    _rule(
+        (P.JOINING, P.READY, P.FAILED),
+        has_begun_anew,
+        P.DISCOVERING,
+        "an operator forced another start; nothing of the one before is held here",
+        begin_anew,
     ),
     _rule(
         (P.READY, P.FAILED),

@@ -268,8 +268,8 @@ def _on_message(turn: Turn, sender: NodeId, message: Message) -> None:
                 turn.send(sender, answer)
         case Registration():
             registration.on_registration(turn, message)
-        case NotYet(reason=reason):
-            registration.on_not_yet(turn, sender, reason)
+        case NotYet():
+            registration.on_not_yet(turn, sender, message)
         case LeaveRequest():
             turn.send(sender, steward.answer_leaver(turn, sender, message))
         case LeaveAnswer():

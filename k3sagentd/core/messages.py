@@ -216,6 +216,8 @@ class NotYet:
     """No registration for now, and what it waits for; ask again."""
 
     reason: str
+    soon: bool = False
+    """It is a matter of seconds: what would be known then is old news a minute later."""
 
     def describe(self) -> str:
         """As people read it."""

@@ -8,7 +8,7 @@ import hashlib
 from k3sagentd.core import names
 from k3sagentd.core.hello import k3s_role, server_url, url_of
 from k3sagentd.core.k3s import ServerOrAgent
-from k3sagentd.core.messages import Registration, RegistrationRequest
+from k3sagentd.core.messages import NotYet, Registration, RegistrationRequest
 from k3sagentd.core.state import Node
 from k3sagentd.core.turn import Turn
 from k3sagentd.core.words import NodeId, NodePhase
@@ -33,7 +33,7 @@ def spread(joiner: NodeId, choices: list[NodeId]) -> list[NodeId]:
 
 def ready_urls(node: Node) -> tuple[str, ...]:
     """The ready servers that we hear, best first for this node."""
-    ready = {h.node: h.server_url for h in node.up if h.server_url}
+    ready = {h.node: h.server_url for h in node.kin if h.server_url}
     return tuple(ready[each] for each in spread(node.id, list(ready)))
 
 
@@ -42,7 +42,7 @@ def registration(node: Node, joiner: NodeId, role: ServerOrAgent) -> Registratio
     seal = node.seal
     if seal is None:
         return None
-    ready = {h.node: h.server_url for h in node.up if h.server_url and h.node != joiner}
+    ready = {h.node: h.server_url for h in node.kin if h.server_url and h.node != joiner}
     own = server_url(node)
     if own and joiner != node.id:
         ready[node.id] = own
@@ -75,18 +75,17 @@ def ask(turn: Turn) -> None:
     node = turn.node
     if turn.now_s < due_s(node):
         return
-    known = [h for h in node.up if h.generation == node.generation]
-    sealed = [h for h in known if h.log_length >= len(node.log)]
+    sealed = [h for h in node.kin if h.log_length >= len(node.log)]
     choices = [h.node for h in sealed if h.server_url] or [h.node for h in sealed]
     if not choices:
         return
     order = spread(node.id, choices)
-    asked, told = node.drive.asked, node.drive.told
+    asked = node.drive.asked
     # Who said that it is being seen to is asked again; who said nothing is passed over.
-    after = order.index(asked) + (told is None) if asked in order else 0
+    after = order.index(asked) + (not node.drive.answered) if asked in order else 0
     peer = order[after % len(order)]
     name = names.keep(turn)
-    turn.drive(asked_s=turn.now_s, asked=peer, asks=node.drive.asks + 1, told=None)
+    turn.drive(asked_s=turn.now_s, asked=peer, asks=node.drive.asks + 1, answered=False)
     role = k3s_role(node) or ServerOrAgent.AGENT
     turn.send(peer, RegistrationRequest(role=role, node_name=name))
 
@@ -98,11 +97,13 @@ def on_registration(turn: Turn, message: Registration) -> None:
         return
     wanted = message.ca_hash == node.seal.ca_hash and message.role is k3s_role(node)
     if wanted and message.servers:
-        turn.drive(registration=message, told=None, asks=0)
+        turn.drive(registration=message, answered=True, told=None, asks=0)
 
 
-def on_not_yet(turn: Turn, sender: NodeId, reason: str) -> None:
+def on_not_yet(turn: Turn, sender: NodeId, message: NotYet) -> None:
     """The server that we asked sees to something first."""
     node = turn.node
     if node.phase is NodePhase.JOINING and node.drive.asked == sender:
-        turn.drive(told=f"{node.name_of(sender)}: {reason}"[:200])
+        asks = 0 if message.soon else node.drive.asks
+        told = f"{node.name_of(sender)}: {message.reason}"[:200]
+        turn.drive(answered=True, told=told, asks=asks)

@@ -53,7 +53,7 @@ def _since(before_s: float | None, holds: bool, now_s: float) -> float | None:
 def ready_servers(node: Node) -> list[NodeId]:
     """The servers that are ready now, as we hear."""
     own = [node.id] if server_url(node) is not None else []
-    return own + [hello.node for hello in node.up if hello.server_url is not None]
+    return own + [hello.node for hello in node.kin if hello.server_url is not None]
 
 
 def members(node: Node) -> tuple[NodeId, ...]:
@@ -62,7 +62,7 @@ def members(node: Node) -> tuple[NodeId, ...]:
     if node.roster.revision:
         return listed
     adopted = [
-        h.node for h in node.up if h.datastore is Datastore.ETCD and h.existing == _ca_hash(node)
+        h.node for h in node.kin if h.datastore is Datastore.ETCD and h.existing == _ca_hash(node)
     ]
     if has_etcd(node) and k3s_role(node) is ServerOrAgent.SERVER:
         adopted.append(node.id)
@@ -122,7 +122,7 @@ def desired(node: Node, now_s: float) -> tuple[NodeId, ...] | None:
     that is dead goes with the word that names another.
     """
     current = members(node)
-    heard = {h.node: h for h in (own_hello(node), *node.up) if h.generation == node.generation}
+    heard = {h.node: h for h in (own_hello(node), *node.kin)}
     absent = [each for each in current if each not in heard]
     dead = [each for each in absent if is_gone(node, each, now_s)]
     if len(dead) < len(absent):

@@ -157,6 +157,8 @@ class Drive:
     asked: NodeId | None = None
     asks: int = 0
     """How often in vain."""
+    answered: bool = True
+    """Whether the one that was asked last has answered."""
     told: str | None = None
     """Why the peer that was asked did not hand a registration out, if so."""
 
@@ -167,6 +169,8 @@ class Wish:
 
     node_name: str
     heard_s: float
+    since_s: float
+    """When it was first asked; a look from before does not tell."""
     role: ServerOrAgent | None = None
     """As what it wants to join; None: it wants to leave."""
     step: LeaveStep | None = None
@@ -209,7 +213,7 @@ class Leaving:
     """What it waits for."""
 
 
-DERIVED = {"peers": ("up", "seen"), "durable": ("nomination", "seal", "roster")}
+DERIVED = {"peers": ("up", "kin", "seen"), "durable": ("nomination", "seal", "roster", "kin")}
 """Which of a node's memos a change of a field makes void."""
 
 
@@ -293,6 +297,11 @@ class Node:
     def up(self) -> tuple[Hello, ...]:
         """The peers that we hear now, by id."""
         return tuple(peer.hello for _, peer in sorted(self.peers.items()) if peer.up)
+
+    @cached_property
+    def kin(self) -> tuple[Hello, ...]:
+        """Those of them that follow the same bootstrap log."""
+        return tuple(hello for hello in self.up if hello.generation == self.generation)
 
     @cached_property
     def seen(self) -> int:

@@ -148,7 +148,7 @@ def _initialising(node: Node, now_s: float) -> str:
 def _joining(node: Node, now_s: float) -> str:
     if line := unserved(node, now_s):
         return line
-    if node.durable.muted and (node.drive.told or drive.is_kept_out(node, now_s)):
+    if node.durable.muted and (node.drive.asks or drive.is_kept_out(node, now_s)):
         return f"a person: {node.durable.muted}"
     stays = drive.is_other_role(node) and k3s_role(node) is ServerOrAgent.AGENT
     if stays and node.leaving is not None and not node.leaving.done:

@@ -32,6 +32,8 @@ from k3sagentd.core.words import NodeId, NodePhase
 
 VIEW_S = 30.0
 """A look at the cluster is good for so long."""
+BUSY_S = 5.0
+"""Before it is looked again whether another holder has given the Lease back."""
 LEASE_S = 60.0
 """A Lease that its holder has not written for so long is anybody's. Longer than any errand but a
 drain takes, and judged by our own clock, as client-go does (tools/leaderelection)."""
@@ -75,17 +77,24 @@ def _next(node: Node, now_s: float) -> dict[str, Any] | None:
     if view is None:
         return {}  # what is written there, and what an earlier holder left undone
     stale = now_s >= steward.viewed_s + VIEW_S
-    wished = any(now_s < wish.heard_s + WISH_S for wish in steward.wishes.values())
     work = _work(node, view, now_s)
-    if stale and (work or wished):
+    if (stale and work) or any(_is_unseen(node, w, now_s) for w in steward.wishes.values()):
         return {}
     mine = view.holder == node.id
     held = {"hold": True, "lease_version": view.lease_version}
     if work is None:
         return held | {"release": True} if mine else None
     if not mine and view.holder is not None and now_s < steward.lease_since_s + LEASE_S:
-        return None
+        return {} if now_s >= steward.viewed_s + BUSY_S else None
     return held | work if mine else held
+
+
+def _is_unseen(node: Node, wish: Wish, now_s: float) -> bool:
+    """Whether somebody waits for a look that is newer than the last."""
+    if now_s >= wish.heard_s + WISH_S:
+        return False
+    viewed_s = node.steward.viewed_s
+    return now_s >= viewed_s + VIEW_S or (wish.step is not None and viewed_s < wish.since_s)
 
 
 def _work(node: Node, view: ClusterView, now_s: float) -> dict[str, Any] | None:
@@ -105,7 +114,7 @@ def _work(node: Node, view: ClusterView, now_s: float) -> dict[str, Any] | None:
         if wish.step is not None:
             if not _is_done(view, wish) and refusal(view, kube) is None:
                 return _leave_work(kube, wish)
-        elif _is_in_the_way(kube, peer, wish.role) and not _still_there(node, kube, peer, now_s):
+        elif _is_in_the_way(kube, peer) and not _still_there(node, kube, peer, now_s):
             return {"remove": kube.name, "uid": kube.uid}
     return None
 
@@ -132,16 +141,18 @@ def on_ended(turn: Turn, result: ErrandResult) -> None:
     if steward.errand is None or result.errand != steward.errand:
         return
     errand = steward.errand
-    changes: dict[str, Any] = {"errand": None, "reason": result.reason}
+    lost_race = errand.hold and view is not None and view.holder != turn.node.id
+    changes: dict[str, Any] = {"errand": None, "reason": None if lost_race else result.reason}
     if view is not None:
         changes |= {"view": view, "viewed_s": turn.now_s}
         before = steward.view.lease_version if steward.view is not None else None
         if view.lease_version != before:
             changes["lease_since_s"] = turn.now_s
-    if result.outcome is Outcome.DONE:
+    if result.outcome is Outcome.DONE or lost_race:
         changes |= {"failures": 0, "not_before_s": turn.now_s}
-        changes["wishes"] = _granted(steward.wishes, errand)
-        if errand.roster or errand.drain or errand.remove:
+        if result.outcome is Outcome.DONE:
+            changes["wishes"] = _granted(steward.wishes, errand)
+        if not lost_race and (errand.roster or errand.drain or errand.remove):
             turn.report(f"{errand.describe()}: done")
     else:
         failures = steward.failures + 1
@@ -153,6 +164,19 @@ def on_ended(turn: Turn, result: ErrandResult) -> None:
     turn.set(steward=replace(steward, **changes))
     if view is not None:
         roster.learn(turn, view.roster)
+        _answer_who_waits(turn)
+
+
+def _answer_who_waits(turn: Turn) -> None:
+    """Who was told to wait need not ask again to hear that the wait is over."""
+    for peer, wish in turn.node.steward.wishes.items():
+        if wish.role is None or turn.now_s >= wish.heard_s + WISH_S:
+            continue
+        request = RegistrationRequest(role=wish.role, node_name=wish.node_name)
+        answer = _judge(turn.node, peer, request, turn.now_s)
+        if isinstance(answer, Registration):
+            _forget(turn, peer)
+            turn.send(peer, answer)
 
 
 def _granted(wishes: Any, errand: Errand) -> dict[NodeId, Wish]:
@@ -172,7 +196,7 @@ def deadlines(node: Node) -> Iterator[float]:
         yield steward.ordered_s + ERRAND_TIMEOUT_S
     if steward.view is not None and steward.view.holder is not None:
         yield steward.lease_since_s + LEASE_S
-        yield steward.viewed_s + VIEW_S
+        yield steward.viewed_s + BUSY_S
     if steward.wishes:
         yield steward.viewed_s + VIEW_S
     if node.short_since_s is not None:
@@ -189,29 +213,35 @@ def answer_joiner(
     turn: Turn, sender: NodeId, message: RegistrationRequest
 ) -> Registration | NotYet | None:
     """Hand out the registration, or say what must be out of the way first."""
-    node, now_s = turn.node, turn.now_s
+    answer = _judge(turn.node, sender, message, turn.now_s)
+    if isinstance(answer, NotYet):
+        _wish(turn, sender, message.node_name, role=message.role)
+    else:
+        _forget(turn, sender)
+    return answer
+
+
+def _judge(
+    node: Node, sender: NodeId, message: RegistrationRequest, now_s: float
+) -> Registration | NotYet | None:
     listed = sender in roster.members(node)
     role = ServerOrAgent.SERVER if listed else ServerOrAgent.AGENT
     if not is_steward(node):
         return registration(node, sender, role)
     view = node.steward.view
     if view is None or now_s >= node.steward.viewed_s + VIEW_S:
-        reason: str | None = "the list of the cluster's Nodes to be read"
-    elif sender in (roster.desired(node, now_s) or ()) and not listed:
-        reason = "this machine to be listed as a server"
-    else:
-        kube = _node_named(view, message.node_name)
-        reason = None
-        if kube is not None and _is_in_the_way(kube, sender, message.role):
-            still = _still_there(node, kube, sender, now_s)
-            reason = still or f"the Node {kube.name} of an earlier installation to be removed"
-            if still is None and node.steward.reason:
-                reason += f" ({node.steward.reason})"
-    if reason is None:
-        _forget(turn, sender)
+        soon = node.steward.failures == 0
+        return NotYet(reason="the list of the cluster's Nodes to be read", soon=soon)
+    if not listed and sender in (roster.desired(node, now_s) or ()):
+        return NotYet(reason="this machine to be listed as a server", soon=True)
+    kube = _node_named(view, message.node_name)
+    if kube is None or not _is_in_the_way(kube, sender):
         return registration(node, sender, role)
-    _wish(turn, sender, Wish(node_name=message.node_name, heard_s=now_s, role=message.role))
-    return NotYet(reason=reason)
+    if still := _still_there(node, kube, sender, now_s):
+        return NotYet(reason=still)
+    why = f" ({node.steward.reason})" if node.steward.reason else ""
+    reason = f"the Node {kube.name} of an earlier installation to be removed{why}"
+    return NotYet(reason=reason, soon=not why)
 
 
 def answer_leaver(turn: Turn, sender: NodeId, message: LeaveRequest) -> LeaveAnswer:
@@ -220,11 +250,8 @@ def answer_leaver(turn: Turn, sender: NodeId, message: LeaveRequest) -> LeaveAns
     step, view = message.step, node.steward.view
     if not is_steward(node):
         return LeaveAnswer(step=step, done=False, waits_for="its server to be ready")
-    before = node.steward.wishes.get(sender)
-    drained = before is not None and before.drained and before.node_name == message.node_name
-    wish = Wish(node_name=message.node_name, heard_s=now_s, step=step, drained=drained)
-    _wish(turn, sender, wish)
-    if view is None or now_s >= node.steward.viewed_s + VIEW_S:
+    wish = _wish(turn, sender, message.node_name, step=step)
+    if view is None or _is_unseen(node, wish, now_s):
         waits_for = "the list of the cluster's Nodes to be read"
         return LeaveAnswer(step=step, done=False, waits_for=waits_for)
     kube = _node_named(view, message.node_name)
@@ -264,8 +291,22 @@ def _is_done(view: ClusterView, wish: Wish) -> bool:
     return gone or (wish.step is LeaveStep.DRAIN and wish.drained)
 
 
-def _wish(turn: Turn, sender: NodeId, wish: Wish) -> None:
+def _wish(
+    turn: Turn,
+    sender: NodeId,
+    node_name: str,
+    *,
+    role: ServerOrAgent | None = None,
+    step: LeaveStep | None = None,
+) -> Wish:
+    """Note what a peer wants, or that it still wants it."""
     steward = turn.node.steward
+    wish = steward.wishes.get(sender)
+    if wish is None or (wish.node_name, wish.role, wish.step) != (node_name, role, step):
+        wish = Wish(
+            node_name=node_name, heard_s=turn.now_s, since_s=turn.now_s, role=role, step=step
+        )
+    wish = replace(wish, heard_s=turn.now_s)
     wishes = {
         peer: each
         for peer, each in steward.wishes.items()
@@ -273,6 +314,7 @@ def _wish(turn: Turn, sender: NodeId, wish: Wish) -> None:
     }
     if len(wishes) < WISHES_LIMIT:
         turn.set(steward=replace(steward, wishes={**wishes, sender: wish}))
+    return wish
 
 
 def _forget(turn: Turn, sender: NodeId) -> None:
@@ -286,7 +328,7 @@ def _node_named(view: ClusterView, name: str) -> KubeNode | None:
     return next((each for each in view.nodes if each.name == name), None)
 
 
-def _is_in_the_way(kube: KubeNode, joiner: NodeId, role: ServerOrAgent | None) -> bool:
+def _is_in_the_way(kube: KubeNode, joiner: NodeId) -> bool:
     """Whether K3s would refuse the joiner because of this Node (K3S.md 7).
 
     A machine's own Node is in nobody's way, unless it stands for a member that is no more.

@@ -8,12 +8,16 @@ comment. The nodes are real cores on a wire of memory; nothing moves but by a co
 - ``site a b c nodes=3 [servers=N]``: machines that are off; a rank is by place (a before b)
 - ``on a b``, ``off a``: power; what was persisted stays, and whoever met a loses it
 - ``meet a b c``: each of them hears of each other; ``part a b``: they lose each other
-- ``deliver``: messages in flight, until none is left; ``deliver a->b`` only those, once
+- ``deliver``: messages in flight and errands of root, until none is left; ``deliver a->b`` only
+  those, once
 - ``drop a->b``: messages in flight are lost; ``repeat a->b``: they will arrive twice
 - ``wait 30s``: time passes for all, due ticks happen; ``go 30s``: and messages are delivered
 - ``quietly …``: a command whose output is of no interest here
 - ``apply a done|failed|hopeless``: root carried out the order of a
 - ``ready a``: K3s on a is ready; ``disk a etcd CA|sqlite CA|none``: what root finds there
+- ``image a ID``: the machine gets a new image: the same hardware, another identity
+- ``role a server|agent|auto``: what is configured, from the next start on
+- ``leave a drain|remove``: the operator takes it out of the cluster
 - ``forget a``: its state file is lost; ``full a``, ``emptied a``: its disk takes nothing; again
 - ``force a``: the operator decides; ``clone a``: another machine says that it is a
 - ``status a``: its one line
@@ -30,14 +34,17 @@ from pathlib import Path
 
 from k3sagentd import store
 from k3sagentd.core import machine, status
-from k3sagentd.core.effects import Announce, Persist, Report, Send, WriteOrder
+from k3sagentd.core.cluster import Errand, KubeNode
+from k3sagentd.core.effects import Announce, Persist, Report, Send, WriteErrand, WriteOrder
 from k3sagentd.core.events import (
     AddressChanged,
+    ErrandEnded,
     Event,
     FactsRead,
     HelloReceived,
     InitForced,
     K3sProbed,
+    LeaveAsked,
     MessageReceived,
     PeerLost,
     PersistFailed,
@@ -45,10 +52,20 @@ from k3sagentd.core.events import (
     ResultRead,
     Tick,
 )
-from k3sagentd.core.k3s import Datastore, Facts, K3sState, Order, Outcome, Result
-from k3sagentd.core.messages import Hello, Message
+from k3sagentd.core.hello import k3s_role
+from k3sagentd.core.k3s import (
+    Datastore,
+    Facts,
+    K3sState,
+    Order,
+    Outcome,
+    Result,
+    ServerOrAgent,
+)
+from k3sagentd.core.messages import Hello, LeaveStep, Message
 from k3sagentd.core.state import Durable, Node, Site
 from k3sagentd.core.words import NodeId, Role
+from tests.sim.kube import Kube
 from tests.sim.promise import majority
 
 FILES = sorted((Path(__file__).parent / "scenarios").glob("*.txt"))
@@ -74,6 +91,8 @@ class Machine:
     starts: int = 0
     hello: Hello | None = None
     order: Order | None = None
+    errand: Errand | None = None
+    ready: bool = False
     met: set[NodeId] = field(default_factory=set)
 
 
@@ -124,6 +143,7 @@ class Wire:
         self.now_s = 0.0
         self._lines: list[tuple[str, str]] = []
         self._votes: dict[tuple[int, str, str], set[NodeId]] = {}
+        self._kube = Kube(self._is_heard)
 
     def shown(self) -> list[str]:
         """What happened since the last look, one node after the other where it acted."""
@@ -164,6 +184,8 @@ class Wire:
             hostname=name,
             instance="",
             abandon_after_s=60.0,
+            replace_after_s=300.0,
+            hardware=f"hardware of {name}",
         )
         facts = Facts(fsync_ms=1.0)
         self.machines[name] = Machine(me, site, Durable(node=me), facts)
@@ -185,7 +207,7 @@ class Wire:
     def _off(self, *names: str) -> None:
         for name in names:
             m = self.machines[name]
-            m.node, m.order = None, None
+            m.node, m.order, m.errand, m.ready = None, None, None, False
             m.met.clear()
             self.flight = [each for each in self.flight if m.id not in each[:2]]
             for other in self.machines.values():
@@ -222,9 +244,10 @@ class Wire:
                     self._arrive(each)
             return
         for _ in range(1000):
-            if not self.flight:
+            if self.flight:
+                self._arrive(self.flight.pop(0))
+            elif not self._root():
                 return
-            self._arrive(self.flight.pop(0))
         raise AssertionError("the messages never end")
 
     def _drop(self, *links: str) -> None:
@@ -278,25 +301,41 @@ class Wire:
         }
         reason = None if how == "done" else "the memory cgroup is off"
         result = Result(order=m.order, outcome=words[how], step="install", reason=reason)
-        if how == "done" and m.order.action == "stand-down":
-            m.facts = Facts(fsync_ms=1.0)
+        if how == "done" and m.order.action in ("stand-down", "step-down"):
+            m.facts, m.ready = Facts(fsync_ms=1.0), False
         self._feed(m, FactsRead(now_s=self.now_s, facts=m.facts))
         self._feed(m, ResultRead(now_s=self.now_s, result=result))
 
     def _ready(self, name: str) -> None:
         m = self.machines[name]
         assert m.node is not None
+        m.ready = True
+        if k3s_role(m.node) is ServerOrAgent.AGENT:
+            self._kube.register(m.id, m.site.hardware, server=False)
+            state = K3sState(running=True, ready=True, detail="K3s is ready")
+            self._feed(m, K3sProbed(now_s=self.now_s, state=state))
+            return
         epoch = m.node.durable.started_epoch
+        if m.node.seal is not None and m.facts.ca_hash is None and epoch is None:
+            self._disk(name, "etcd", m.node.seal.ca_hash)
         ca_hash = m.facts.ca_hash or (name if epoch is None else f"{name}{epoch}") * 32
         if m.facts.datastore is Datastore.NONE:
-            m.facts = Facts(fsync_ms=1.0, datastore=Datastore.ETCD, origin=epoch, ca_hash=ca_hash)
+            m.facts = Facts(
+                fsync_ms=1.0,
+                datastore=Datastore.ETCD,
+                origin=epoch,
+                origin_generation=m.node.durable.started_generation,
+                ca_hash=ca_hash,
+            )
             self._feed(m, FactsRead(now_s=self.now_s, facts=m.facts))
+        self._kube.register(m.id, m.site.hardware, server=True)
         state = K3sState(running=True, ready=True, ca_hash=ca_hash, detail="K3s is ready")
         self._feed(m, K3sProbed(now_s=self.now_s, state=state))
 
     def _disk(self, name: str, kind: str, ca: str = "") -> None:
         m = self.machines[name]
-        m.facts = Facts(fsync_ms=1.0, datastore=Datastore(kind), ca_hash=ca * 64 or None)
+        ca_hash = ca * 64 if len(ca) == 1 else ca
+        m.facts = Facts(fsync_ms=1.0, datastore=Datastore(kind), ca_hash=ca_hash or None)
         if m.node is not None:
             self._feed(m, FactsRead(now_s=self.now_s, facts=m.facts))
 
@@ -314,6 +353,31 @@ class Wire:
     def _force(self, name: str) -> None:
         self._feed(self.machines[name], InitForced(now_s=self.now_s))
 
+    def _root(self) -> bool:
+        """One errand is done, if one was asked."""
+        for m in self.machines.values():
+            if m.errand is not None and m.node is not None:
+                result, m.errand = self._kube.do(m.errand), None
+                self._feed(m, ErrandEnded(now_s=self.now_s, result=result))
+                return True
+        return False
+
+    def _is_heard(self, kube: KubeNode) -> bool:
+        return any(m.ready and m.id == kube.node and m.node for m in self.machines.values())
+
+    def _image(self, name: str, identity: str) -> None:
+        m = self.machines[name]
+        me = NodeId(identity)
+        self.machines[identity] = Machine(me, m.site, Durable(node=me), Facts(fsync_ms=1.0))
+        del self.machines[name]
+
+    def _role(self, name: str, role: str) -> None:
+        m = self.machines[name]
+        m.site = replace(m.site, role=Role(role))
+
+    def _leave(self, name: str, step: str) -> None:
+        self._feed(self.machines[name], LeaveAsked(now_s=self.now_s, step=LeaveStep(step)))
+
     def _clone(self, name: str) -> None:
         m = self.machines[name]
         assert m.hello is not None
@@ -325,6 +389,9 @@ class Wire:
         assert m.node is not None
         line = status.waiting_for(m.node, self.now_s)
         text = f"{m.node.phase}: waits for {line}" if line else f"{m.node.phase}"
+        if (leaving := m.node.leaving) is not None:
+            how = "done" if leaving.done else leaving.refused or f"waits for {leaving.told}"
+            text += f"; {leaving.step}: {how}"
         self._lines.append((name, text))
 
     # --- what follows -----------------------------------------------------------------------
@@ -354,6 +421,8 @@ class Wire:
                     self.flight.append((m.id, to, message))
                 case WriteOrder(order=order):
                     m.order = order
+                case WriteErrand(errand=errand):
+                    m.errand = errand
                 case Announce(hello=hello):
                     m.hello = hello
                 case Report():
@@ -378,7 +447,9 @@ class Wire:
             nodes = next(iter(self.machines.values())).site.nodes
             if len(voters) >= majority(nodes):
                 assert chosen.setdefault(decree, value) == value, f"two values at {decree}"
-        logs = sorted((m.durable.log for m in self.machines.values()), key=len)
+        newest = max(m.durable.generation for m in self.machines.values())
+        follow = [m.durable for m in self.machines.values() if m.durable.generation == newest]
+        logs = sorted((durable.log for durable in follow), key=len)
         for shorter, longer in itertools.pairwise(logs):
             assert longer[: len(shorter)] == shorter, "logs differ"
 
