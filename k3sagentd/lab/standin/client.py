@@ -94,4 +94,5 @@ async def request(
         ):
             return response.status, await response.read()
     except (aiohttp.ClientError, TimeoutError, OSError) as error:
-        raise ServerError(0, f"{url}: {type(error).__name__}: {error}") from error
+        cause = getattr(error, "certificate_error", None) or getattr(error, "os_error", None)
+        raise ServerError(0, f"{url}: {cause or type(error).__name__}") from error

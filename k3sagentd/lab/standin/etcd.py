@@ -60,7 +60,9 @@ class Etcd:
             "--election-timeout=5000",
         ]
         if force_new:
-            command.append("--force-new-cluster")
+            # What etcd cuts off its log then, it may have applied: whoever joins later must be
+            # given the data and not the log, to have the same; so a few entries make a snapshot.
+            command += ["--force-new-cluster", "--snapshot-count=1"]
         if cluster is not None:
             command += [
                 f"--initial-cluster={cluster}",

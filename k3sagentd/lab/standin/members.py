@@ -14,11 +14,11 @@ from urllib.parse import urlsplit
 from k3sagentd.lab.standin.etcd import TOMBSTONE, Etcd, EtcdError
 from k3sagentd.lab.standin.options import fatal, log
 
-LEARNER_STEP_S = 0.5
+STEP_S = 0.5
+TEST_S = 5.0
+"""K3s tests its membership that often (pkg/executor/embed), and says each time what is wrong."""
 LEARNER_STALL_S = 300.0
 """pkg/etcd/etcd.go: learnerMaxStallTime."""
-NOT_MEMBER_S = 5.0
-"""K3s tests its membership that often (pkg/executor/embed)."""
 
 
 class DuplicateNameError(Exception):
@@ -93,22 +93,20 @@ class Members:
 
         One whose address is not the one in its peer URL stays here for ever (K3S.md 8).
         """
-        said = ""
+        said, said_s = "", 0.0
         while True:
             self.etcd.check_alive()
-            pause_s = LEARNER_STEP_S
             try:
                 wrong = self._wrong(await self.etcd.members())
                 if wrong is None:
                     await self.etcd.call("kv/range", {"key": "AA=="})
                     return
-                pause_s = NOT_MEMBER_S
             except EtcdError as error:
                 wrong = str(error)
-            if pause_s == NOT_MEMBER_S or wrong != said:
+            if wrong != said or time.monotonic() - said_s >= TEST_S:
                 log.info("Failed to test etcd connection: %s", wrong)
-                said = wrong
-            await asyncio.sleep(pause_s)
+                said, said_s = wrong, time.monotonic()
+            await asyncio.sleep(STEP_S)
 
     def _wrong(self, members: list[dict[str, Any]]) -> str | None:
         found = []
@@ -147,7 +145,7 @@ class Members:
                     await self.etcd.call("cluster/member/update", update)
             except EtcdError as error:
                 log.info("failed to update peer url: %s", error)
-            await asyncio.sleep(LEARNER_STEP_S)
+            await asyncio.sleep(STEP_S)
         self.etcd.stop()
         await self.etcd.close()
         log.info(

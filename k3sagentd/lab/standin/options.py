@@ -8,7 +8,6 @@ import os
 import re
 import secrets
 import socket
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,9 +37,10 @@ LABEL_VALUE = re.compile(r"([A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?)?")
 
 
 def fatal(message: str) -> NoReturn:
-    """End as K3s does: one line, exit 1."""
+    """End as K3s does, wherever it is: one line, exit 1."""
     log.critical("%s", message)
-    sys.exit(1)
+    logging.shutdown()
+    os._exit(1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Awaitable, Callable
@@ -59,6 +61,7 @@ class Server:
     async def run(self) -> None:
         """Start, then live until something ends it."""
         options = self._options
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self._stop)
         if options.cluster_reset and options.server:
             fatal(
                 "cannot perform cluster-reset while server URL is set - remove server from "
@@ -84,6 +87,12 @@ class Server:
             await self._serve(store)
         await self._tokens.check(store)
         await self._live(store)
+
+    def _stop(self) -> None:
+        """In order, as K3s does: etcd hands its leadership over."""
+        if self._members is not None:
+            self._members.etcd.stop()
+        os._exit(0)
 
     # --- start ------------------------------------------------------------------------------
 
