@@ -13,6 +13,7 @@ from k3sagentd.lab.standin.api import merged
 from k3sagentd.lab.standin.etcd import Etcd
 from k3sagentd.lab.standin.members import DuplicateNameError, Members
 from k3sagentd.lab.standin.objects import LEASE, NODE, ApiError, Objects
+from k3sagentd.lab.standin.server import migrates
 from k3sagentd.lab.standin.store import SqliteStore
 
 TIME = "2026-01-01T00:00:00.000000Z"
@@ -213,3 +214,10 @@ def test_the_command_line_beats_the_files(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert found.node_name == "n1"
     assert found.server == "https://from-environment:6443"
     assert found.labels == {"a/b": "c", "d": "e"}
+
+
+def test_older_releases_start_empty_beside_sqlite() -> None:
+    assert migrates("v1.33.4+k3s1")
+    assert migrates("v1.22.2+k3s1")
+    assert not migrates("v1.22.1+k3s2")
+    assert not migrates("v1.21.14+k3s1")

@@ -190,8 +190,7 @@ class Server:
     async def _migrate(self, store: Store) -> None:
         """What a single server had in SQLite; the file is kept under another name."""
         state = self._db / "state.db"
-        release = tuple(int(part) for part in re.findall(r"\d+", self._knobs.version)[:3])
-        if not state.exists() or release < FIRST_MIGRATING:
+        if not state.exists() or not migrates(self._knobs.version):
             return
         log.info("Migrating content from sqlite to etcd")
         for entry in (await SqliteStore(state).list("/registry/")).entries:
@@ -285,6 +284,11 @@ class Server:
                 self._supervisor.ready = False
                 if time.monotonic() - last_s > LEASE_LOST_S:
                     fatal("leaderelection lost for k3s")
+
+
+def migrates(version: str) -> bool:
+    """Whether that release takes over what SQLite holds."""
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:3]) >= FIRST_MIGRATING
 
 
 async def _repeat(period_s: float, what: Callable[[], Awaitable[None]]) -> None:
