@@ -3,21 +3,24 @@
 
 from __future__ import annotations
 
-import asyncio
-import base64
 import ctypes
 import signal
 import subprocess
+import sys
+import threading
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import aiohttp
 
-from k3sagentd.lab.standin.options import fatal, log
+from k3sagentd.lab.standin.options import fatal
 
 CLIENT = "http://127.0.0.1:2379"
 TIMEOUT_S = 5.0
 PR_SET_PDEATHSIG = 1
+REMOVED = b"the member has been permanently removed from the cluster"
+"""What etcd says when it learns that it was (etcd, rafthttp.ErrMemberRemoved)."""
+TOMBSTONE = "tombstone"
 
 
 class EtcdError(Exception):
@@ -28,50 +31,84 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _b64(text: str) -> str:
-    return base64.b64encode(text.encode()).decode()
-
-
 class Etcd:
-    """One member and the cluster behind it."""
+    """One member's process, and the gateway to it."""
 
-    def __init__(self, directory: Path, node_ip: str) -> None:
-        self._directory = directory
-        self._peer_url = f"http://{node_ip}:2380"
+    def __init__(self, directory: Path, node_ip: str, *, tombstone: bool) -> None:
+        self.directory = directory
+        self.peer_url = f"http://{node_ip}:2380"
+        """Where other members reach this one."""
+        self._tombstone = tombstone
         self._process: subprocess.Popen[bytes] | None = None
+        self._reader: threading.Thread | None = None
+        self._removed = False
         self._session: aiohttp.ClientSession | None = None
 
-    @property
-    def peer_url(self) -> str:
-        """Where other members reach this one."""
-        return self._peer_url
-
-    def start(self, name: str, cluster: str | None, *, new: bool) -> None:
+    def start(self, name: str, cluster: str | None, *, new: bool, force_new: bool = False) -> None:
         """Start the member; ``cluster`` is etcd's initial cluster, None for one that exists."""
-        self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         command = [
             "etcd",
             f"--name={name}",
-            f"--data-dir={self._directory}",
+            f"--data-dir={self.directory}",
             f"--listen-client-urls={CLIENT}",
-            f"--advertise-client-urls={self._peer_url.replace('2380', '2379')}",
-            f"--listen-peer-urls={self._peer_url}",
-            f"--initial-advertise-peer-urls={self._peer_url}",
+            f"--advertise-client-urls={self.peer_url.replace('2380', '2379')}",
+            f"--listen-peer-urls={self.peer_url}",
+            f"--initial-advertise-peer-urls={self.peer_url}",
             "--log-level=warn",
             "--heartbeat-interval=500",
             "--election-timeout=5000",
         ]
+        if force_new:
+            # What etcd cuts off its log then, it may have applied: whoever joins later must be
+            # given the data and not the log, to have the same; so a few entries make a snapshot.
+            command += ["--force-new-cluster", "--snapshot-count=1"]
         if cluster is not None:
             command += [
                 f"--initial-cluster={cluster}",
                 f"--initial-cluster-state={'new' if new else 'existing'}",
             ]
-        self._process = subprocess.Popen(command, preexec_fn=_die_with_parent)
+        self._process = subprocess.Popen(
+            command, preexec_fn=_die_with_parent, stderr=subprocess.PIPE
+        )
+        assert self._process.stderr is not None, "it is a pipe"
+        self._reader = threading.Thread(
+            target=self._read, args=(self._process.stderr,), daemon=True
+        )
+        self._reader.start()
+
+    def _read(self, stream: IO[bytes]) -> None:
+        """Hand on what etcd logs, and hear that this member was removed."""
+        for line in stream:
+            if REMOVED in line:
+                self._removed = True
+            sys.stderr.buffer.write(line)
+            sys.stderr.buffer.flush()
 
     def check_alive(self) -> None:
-        """End when etcd ended: K3s is one process with it."""
-        if self._process is not None and self._process.poll() is not None:
-            fatal(f"etcd ended with {self._process.returncode}")
+        """End when etcd ended: K3s is one process with it (pkg/executor/embed/etcd)."""
+        if self._process is None or self._process.poll() is None:
+            return
+        if self._reader is not None:
+            self._reader.join(1.0)
+        if self._removed and self._tombstone:
+            (self.directory / TOMBSTONE).write_bytes(b"")
+            fatal(
+                "This node has been removed from the cluster - please restart k3s to rejoin the "
+                "cluster"
+            )
+        fatal(f"etcd exited: {self._process.returncode}")
+
+    def stop(self) -> None:
+        """End the member in order."""
+        if self._process is not None:
+            self._process.terminate()
+            self._process.wait()
+
+    async def close(self) -> None:
+        """Give up the connection to it."""
+        if self._session is not None:
+            await self._session.close()
 
     async def call(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """One request to the gateway; raises EtcdError."""
@@ -87,52 +124,12 @@ class Etcd:
             raise EtcdError(str(answer.get("error") or answer.get("message")))
         return answer
 
-    async def wait_until_up(self) -> None:
-        """Until a linearizable read goes through, however long that takes."""
-        while True:
-            self.check_alive()
-            try:
-                await self.get("/standin/up")
-                return
-            except EtcdError as error:
-                log.info("waiting for etcd: %s", error)
-                await asyncio.sleep(0.5)
-
-    async def get(self, key: str) -> str | None:
-        """One value, by a linearizable read."""
-        answer = await self.call("kv/range", {"key": _b64(key)})
-        found = answer.get("kvs")
-        return base64.b64decode(found[0]["value"]).decode() if found else None
-
-    async def values(self, prefix: str) -> list[str]:
-        """All values below ``prefix``."""
-        end = prefix[:-1] + chr(ord(prefix[-1]) + 1)
-        answer = await self.call("kv/range", {"key": _b64(prefix), "range_end": _b64(end)})
-        return [base64.b64decode(each["value"]).decode() for each in answer.get("kvs", [])]
-
-    async def put(self, key: str, value: str) -> None:
-        """Write one value."""
-        await self.call("kv/put", {"key": _b64(key), "value": _b64(value)})
-
     async def members(self) -> list[dict[str, Any]]:
-        """The member list."""
+        """The member list, as this member knows it."""
         found: list[dict[str, Any]] = (await self.call("cluster/member/list", {}))["members"]
         return found
 
-    async def add_learner(self, peer_url: str) -> str:
-        """Add a learner; returns the new member's id."""
-        body = {"peerURLs": [peer_url], "isLearner": True}
-        return str((await self.call("cluster/member/add", body))["member"]["ID"])
-
-    async def promote(self) -> None:
-        """As the leader: make voters of learners that caught up."""
+    async def leads(self) -> bool:
+        """Whether this member is the leader."""
         status = await self.call("maintenance/status", {})
-        if status.get("leader") != status["header"]["member_id"]:
-            return
-        for member in await self.members():
-            if member.get("isLearner"):
-                try:
-                    await self.call("cluster/member/promote", {"ID": member["ID"]})
-                    log.info("promoted %s", member.get("name"))
-                except EtcdError as error:
-                    log.info("learner %s is not ready: %s", member.get("name"), error)
+        return bool(status.get("leader") == status["header"]["member_id"])
