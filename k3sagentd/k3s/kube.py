@@ -11,6 +11,7 @@ import http.client
 import json
 import re
 import ssl
+import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -34,6 +35,8 @@ TIMEOUT_S = 10.0
 ANSWER_LIMIT_BYTES = 32 * 1024 * 1024
 PAGE = 250  # Nodes in one answer; one is some 15 KB with the images that it names
 PAGES_LIMIT = 40
+GONE_TIMEOUT_S = 60.0
+GONE_POLL_S = 0.5
 LEASE_DURATION_S = 60
 """``leaseDurationSeconds``, for people who look; who may take it over is decided elsewhere."""
 LEASES = "/apis/coordination.k8s.io/v1/namespaces/kube-system/leases"
@@ -148,10 +151,25 @@ class Kube:
         raise MachineError(f"{self._url} has more than {PAGE * PAGES_LIMIT} Nodes")
 
     def delete_node(self, found: FoundNode) -> None:
-        """Delete the Node that was seen, and no other; raises ConflictError. Gone is fine."""
+        """Delete the Node that was seen, and no other, until it is gone; raises ConflictError.
+
+        K3s keeps it until it has removed the etcd member (its finalizer); a kubelet that came back
+        before would lose its Node again.
+        """
+        path = f"/api/v1/nodes/{quote(found.node.name)}"
         preconditions = {"uid": found.node.uid, "resourceVersion": found.version}
         body = {"kind": "DeleteOptions", "apiVersion": "v1", "preconditions": preconditions}
-        self._ask("DELETE", f"/api/v1/nodes/{quote(found.node.name)}", body, missing_ok=True)
+        self._ask("DELETE", path, body, missing_ok=True)
+        deadline = time.monotonic() + GONE_TIMEOUT_S
+        while answer := self._ask("GET", path, missing_ok=True):
+            if _object(answer, "metadata").get("uid") != found.node.uid:
+                return
+            if time.monotonic() > deadline:
+                raise MachineError(
+                    f"the Node {found.node.name} is still being deleted after {GONE_TIMEOUT_S:.0f} "
+                    "s; K3s has not removed its etcd member yet"
+                )
+            time.sleep(GONE_POLL_S)
 
     # --- the Lease --------------------------------------------------------------------------
 

@@ -18,22 +18,21 @@ CALLS = "rename,renameat,renameat2,rmdir,unlink,unlinkat"
 RUN = """
 import json, sys
 from pathlib import Path
-from k3sagentd.cli import operate
 from k3sagentd.config import load_config
 from k3sagentd.k3s import install
 from k3sagentd.k3s.kube import Kube
 from k3sagentd.paths import Paths
-from k3sagentd.upkeep import repair
+from k3sagentd.upkeep import repair, reset
 from tests.unit.machine import AT
 what, root, url, view = sys.argv[1:]
 paths = Paths(Path(root))
 install.PATH = f"{root}/bin:{install.PATH}"
 repair.STALE_S = 0.0
 repair.Kube = lambda paths, _="": Kube(paths, url)
+config = load_config(paths)
 if what == "reset":
-    operate.reset(paths, yes=True)
+    reset.reset(paths, config, print)
 else:
-    config = load_config(paths)
     found = repair.plan(paths, config, AT, json.loads(view))
     if found is not None:
         repair.carry_out(paths, config, found.progress, print)

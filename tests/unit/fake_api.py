@@ -80,6 +80,8 @@ class FakeApi:
         self.requests: list[str] = []
         self.before: Callable[[str, str], None] = lambda method, path: None
         self.page_limit = 1000
+        self.lingers = 0
+        """How often a Node that is deleted is seen after that: it has a finalizer."""
         self._version = 100
         self._authority, self._clients = Authority("server-ca"), Authority("client-ca")
         directory.mkdir(parents=True, exist_ok=True)
@@ -140,8 +142,9 @@ class FakeApi:
         self.before(method, parts.path)
         if parts.path == "/api/v1/nodes" and method == "GET":
             return self._list(parse_qs(parts.query))
-        if parts.path.startswith("/api/v1/nodes/") and method == "DELETE":
-            return self._delete(parts.path.rpartition("/")[2], body)
+        if parts.path.startswith("/api/v1/nodes/"):
+            name = parts.path.rpartition("/")[2]
+            return self._delete(name, body) if method == "DELETE" else self._get(name)
         if parts.path == LEASES and method == "POST":
             return self._create(body)
         if parts.path.startswith(f"{LEASES}/"):
@@ -164,8 +167,21 @@ class FakeApi:
         for key, value in body["preconditions"].items():
             if node["metadata"][key] != value:
                 return 409, failure(f"Precondition failed: {key}")
+        if self.lingers:
+            node["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"
+            return 200, node
         del self.nodes[name]
         return 200, {"kind": "Status", "status": "Success"}
+
+    def _get(self, name: str) -> tuple[int, Any]:
+        node = self.nodes.get(name)
+        if node is None:
+            return 404, failure(f'nodes "{name}" not found')
+        if "deletionTimestamp" in node["metadata"]:
+            self.lingers -= 1
+            if self.lingers <= 0:
+                del self.nodes[name]
+        return 200, node
 
     def _create(self, body: Any) -> tuple[int, Any]:
         name = body["metadata"]["name"]

@@ -313,6 +313,23 @@ def test_what_is_not_removed(
     assert "n3" in api.nodes
 
 
+def test_a_removal_has_ended_when_the_node_is_gone(
+    paths: Paths, api: FakeApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kube, "GONE_POLL_S", 0.01)
+    three_servers(api)
+    uid = api.add_node("n3", server=True, ready=False)
+    api.lingers = 3
+    result = removal(paths, api, "n3", uid)
+    assert result.outcome is Outcome.DONE
+    assert [node.name for node in result.view.nodes] == ["n1", "n2"]
+    monkeypatch.setattr(kube, "GONE_TIMEOUT_S", 0.1)
+    api.lingers = 1000
+    uid = api.add_node("n4", server=True, ready=False)
+    result = removal(paths, api, "n4", uid)
+    assert "the Node n4 is still being deleted" in str(result.reason)
+
+
 def test_a_node_that_changes_while_it_is_judged_stays(paths: Paths, api: FakeApi) -> None:
     three_servers(api)
     uid = api.add_node("n3", server=True, ready=False)
