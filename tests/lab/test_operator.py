@@ -37,10 +37,18 @@ def errand(lab: Bench, name: str, **fields: object) -> ErrandResult:
     return result
 
 
+def python(lab: Bench, name: str, code: str) -> str:
+    """Run a few lines in a machine."""
+    return lab.inside(name, sys.executable, "-c", code)
+
+
 def members(lab: Bench, name: str) -> list[str]:
     """etcd's own list, asked at one machine."""
-    said = lab.inside(
-        name, "curl", "-s", "-d", "{}", "http://127.0.0.1:2379/v3/cluster/member/list"
+    said = python(
+        lab,
+        name,
+        "from urllib.request import urlopen; "
+        "print(urlopen('http://127.0.0.1:2379/v3/cluster/member/list', b'{}').read().decode())",
     )
     return sorted(each["peerURLs"][0] for each in json.loads(said)["members"])
 
@@ -155,7 +163,12 @@ def test_a_machine_that_is_reset_begins_anew(lab: Bench) -> None:
     name = next(n for n, view in before.items() if view["node"]["role"] == "agent")
     machine = site.load().machine(name)
     assert "the daemon runs" in _said(lab, name, "reset", YES)
-    lab.inside(name, "pkill", "-TERM", "-f", "k3sagentd run")
+    python(
+        lab,
+        name,
+        "import os; from k3sagentd.paths import Paths; from k3sagentd.upkeep import service; "
+        "os.kill(service.pid(Paths()), 15)",
+    )
     lab.until(lambda v: name not in v)
     k3sagentd(lab, name, "reset", YES)
     assert not list((machine / "var/lib/k3sagentd").iterdir())
