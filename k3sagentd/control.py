@@ -16,6 +16,9 @@ from k3sagentd.errors import K3sagentdError, UnavailableError
 SOCKET_MODE = 0o660
 WAIT_LIMIT_S = 300.0
 CONNECT_TIMEOUT_S = 5.0
+LEAVE_TIMEOUT_S = 900.0
+"""For one step of leaving: another machine drains this one."""
+LEAVE_STEPS = ("drain", "remove")
 
 
 class Answers(Protocol):
@@ -30,6 +33,12 @@ class Answers(Protocol):
     async def force(self) -> str | None:
         """Make this the init node; else why not."""
 
+    async def leave(self, step: str) -> str | None:
+        """Have a ready server ``drain`` or ``remove`` this machine.
+
+        Returns when it is done, or with why it is not.
+        """
+
 
 class ControlServer:
     """Serves the commands of this machine."""
@@ -41,6 +50,7 @@ class ControlServer:
         app.router.add_get("/v1/status", self._status)
         app.router.add_get("/v1/registration", self._registration)
         app.router.add_post("/v1/cluster-init", self._force)
+        app.router.add_post("/v1/leave", self._leave)
         self._runner = web.AppRunner(app, handle_signals=False, access_log=None)
 
     async def start(self) -> None:
@@ -70,8 +80,22 @@ class ControlServer:
         return web.json_response(answer)
 
     async def _force(self, request: web.Request) -> web.Response:
-        error = await self._answers.force()
-        return web.json_response({"error": error} if error else {}, status=409 if error else 200)
+        return _done(await self._answers.force())
+
+    async def _leave(self, request: web.Request) -> web.Response:
+        try:
+            body = await request.json()
+        except ValueError:
+            body = None
+        step = body.get("step") if isinstance(body, dict) else None
+        if step not in LEAVE_STEPS:
+            allowed = ", ".join(LEAVE_STEPS)
+            return web.json_response({"error": f"step is none of {allowed}"}, status=400)
+        return _done(await self._answers.leave(step))
+
+
+def _done(error: str | None) -> web.Response:
+    return web.json_response({"error": error} if error else {}, status=409 if error else 200)
 
 
 class ControlClient:
@@ -93,23 +117,32 @@ class ControlClient:
         """Make this node the init node; raises K3sagentdError."""
         await self._ask("POST", "/v1/cluster-init", 60.0)
 
-    async def _ask(self, method: str, path: str, timeout_s: float) -> dict[str, Any]:
+    async def leave(self, step: str) -> None:
+        """Have a ready server drain or remove this machine; raises K3sagentdError."""
+        await self._ask("POST", "/v1/leave", LEAVE_TIMEOUT_S, {"step": step})
+
+    async def _ask(
+        self, method: str, path: str, timeout_s: float, body: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
         async with self._session() as session:
             try:
                 async with session.request(
-                    method, f"http://localhost{path}", timeout=aiohttp.ClientTimeout(timeout_s)
+                    method,
+                    f"http://localhost{path}",
+                    json=body,
+                    timeout=aiohttp.ClientTimeout(timeout_s),
                 ) as response:
-                    body: dict[str, Any] = await response.json()
+                    answer: dict[str, Any] = await response.json()
             except (aiohttp.ClientError, TimeoutError, OSError) as error:
                 raise UnavailableError(
                     f"the daemon does not answer at {self._path}; is it running? "
                     "(systemctl status k3sagentd)"
                 ) from error
         if response.status == 409:
-            raise UnavailableError(str(body.get("error")))
+            raise UnavailableError(str(answer.get("error")))
         if response.status != 200:
-            raise K3sagentdError(str(body.get("error")))
-        return body
+            raise K3sagentdError(str(answer.get("error")))
+        return answer
 
     @contextlib.asynccontextmanager
     async def _session(self) -> AsyncIterator[aiohttp.ClientSession]:

@@ -92,6 +92,16 @@ class Paths:
         return self.root_state / "installed.json"
 
     @property
+    def left(self) -> Path:
+        """There on a machine that has left its site, or is being reset: the daemon does not run."""
+        return self._at("etc/k3sagentd/left")
+
+    @property
+    def underway(self) -> Path:
+        """How far a command of the operator is that must be finished before any other order."""
+        return self.root_state / "underway.json"
+
+    @property
     def clock(self) -> Path:
         """From the daemon to root: how far the peers' clocks are from ours."""
         return self.run / "clock.json"
@@ -120,6 +130,11 @@ class Paths:
     def k3s_token(self) -> Path:
         """The token in the form that K3s is given."""
         return self._at("etc/rancher/k3s/k3sagentd-token")
+
+    @property
+    def keepalived(self) -> Path:
+        """The configuration of keepalived, which may be somebody else's."""
+        return self._at("etc/keepalived/keepalived.conf")
 
     @property
     def k3s_data(self) -> Path:

@@ -11,8 +11,7 @@ import time
 from typing import Any
 
 from k3sagentd.control import ControlClient
-from k3sagentd.errors import TimedOutError, UnavailableError, UsageError
-from k3sagentd.identity import put_aside
+from k3sagentd.errors import TimedOutError, UnavailableError
 from k3sagentd.paths import Paths
 
 WATCH_S = 60.0
@@ -55,6 +54,8 @@ async def status(paths: Paths, *, as_json: bool, watch: bool) -> int:
 
 def _unconfigured(paths: Paths) -> str | None:
     """Why the daemon was not even started; None where it has what it needs."""
+    if paths.left.exists():
+        return f"the daemon does not run: {paths.left.read_text().strip()}"
     missing = []
     dropins = paths.config.with_name(f"{paths.config.name}.d")
     if not paths.config.exists() and not list(dropins.glob("*.yaml")):
@@ -102,30 +103,6 @@ async def registration(paths: Paths, *, as_json: bool) -> int:
     for server in found["servers"]:
         print(server)
     print(f"CA hash: {found['ca_hash']}")
-    return 0
-
-
-async def force(paths: Paths) -> int:
-    """``k3sagentd cluster-init --force``."""
-    await ControlClient(paths.control).force()
-    print("this node starts the cluster now")
-    return 0
-
-
-async def reset(paths: Paths) -> int:
-    """``k3sagentd reset``: only while the daemon is stopped."""
-    try:
-        await ControlClient(paths.control).status()
-    except UnavailableError:
-        pass
-    else:
-        raise UsageError("the daemon runs; stop it first: systemctl stop k3sagentd")
-    if not paths.state.exists() or not any(
-        not path.name.startswith("moved-") for path in paths.state.iterdir()
-    ):
-        print("nothing to reset")
-        return 0
-    print(put_aside(paths.state, "reset by the operator"))
     return 0
 
 

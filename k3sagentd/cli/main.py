@@ -88,7 +88,11 @@ def parser(*, with_lab: bool = True) -> argparse.ArgumentParser:
     check.set_defaults(run=_config_check)
     force = add("cluster-init", "start the cluster here: you decide instead of a quorum", _force)
     force.add_argument("--force", action="store_true", required=True)
-    add("reset", "put this node's identity and votes aside; K3s's data stays", _reset)
+    leave = add("leave", "take this machine out of its cluster, which goes on", _leave)
+    repair = add("repair-addresses", "get a server whose address changed back into etcd", _repair)
+    reset = add("reset", "make this machine as it was before its first start", _reset)
+    for command in (force, leave, repair, reset):
+        command.add_argument("--yes", action="store_true", help="do not ask")
     if with_lab:
         _add_lab(commands)
     return top
@@ -143,6 +147,10 @@ def _run(arguments: argparse.Namespace) -> int:
 
     systemd.set_up_logging()
     paths = Paths()
+    if paths.left.exists():
+        # As the unit's condition says it; where no unit asks, we do.
+        logging.warning("%s", paths.left.read_text().strip())
+        return 0
     config = load_config(paths)
     token = site_token.load(config.token_file)
     paths.run.mkdir(parents=True, exist_ok=True)
@@ -217,9 +225,23 @@ def _registration(arguments: argparse.Namespace) -> int:
 
 
 def _force(arguments: argparse.Namespace) -> int:
-    from k3sagentd.cli import ask
+    from k3sagentd.cli import operate
 
-    return asyncio.run(ask.force(Paths()))
+    return operate.force(Paths(), yes=arguments.yes)
+
+
+def _leave(arguments: argparse.Namespace) -> int:
+    from k3sagentd.cli import operate
+
+    _need_root("leave")
+    return operate.leave(Paths(), yes=arguments.yes)
+
+
+def _repair(arguments: argparse.Namespace) -> int:
+    from k3sagentd.cli import operate
+
+    _need_root("repair-addresses")
+    return operate.repair_addresses(Paths(), yes=arguments.yes)
 
 
 def _token_create(arguments: argparse.Namespace) -> int:
@@ -246,7 +268,7 @@ def _config_check(arguments: argparse.Namespace) -> int:
 
 
 def _reset(arguments: argparse.Namespace) -> int:
-    from k3sagentd.cli import ask
+    from k3sagentd.cli import operate
 
     _need_root("reset")
-    return asyncio.run(ask.reset(Paths()))
+    return operate.reset(Paths(), yes=arguments.yes)

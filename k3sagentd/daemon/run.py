@@ -156,6 +156,10 @@ class Daemon:
         await self.engine.carry_out(InitForced(now_s=time.monotonic()))
         return None
 
+    async def leave(self, step: str) -> str | None:
+        """For ``k3sagentd leave``."""
+        return f"this version cannot {step} a machine yet"
+
     # --- tasks ------------------------------------------------------------------------------
 
     async def run(self) -> None:

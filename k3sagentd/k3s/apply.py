@@ -7,7 +7,6 @@ read it. Running an order twice changes nothing. Nothing that K3s wrote is ever 
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import ssl
@@ -22,7 +21,7 @@ from k3sagentd.core.k3s import Action, Datastore, Order, Outcome, Result, Server
 from k3sagentd.discovery.addresses import attachment
 from k3sagentd.errors import ConfigError, HopelessError, K3sagentdError, MachineError
 from k3sagentd.files import fsync_directory, write_atomically
-from k3sagentd.k3s import dropin, facts, order, probe
+from k3sagentd.k3s import dropin, errand, facts, order, probe, underway
 from k3sagentd.k3s.clock import Clock
 from k3sagentd.k3s.install import Method, method
 from k3sagentd.k3s.preflight import preflight
@@ -35,13 +34,16 @@ CACERTS_LIMIT_BYTES = 256 * 1024
 
 
 def apply(paths: Paths) -> int:
-    """Carry out the order that is there, if any; the exit code says whether it was done."""
+    """Carry out the order that is there, if any, then the errand, if any.
+
+    The exit code says whether the order was done; what became of the errand is in its result.
+    """
     paths.run.mkdir(parents=True, exist_ok=True)
-    paths.root_run.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with paths.apply_lock.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with underway.alone(paths):
         taken = order.take_order(paths)
-        return 0 if taken is None else Apply(paths, taken).run()
+        code = 0 if taken is None else Apply(paths, taken).run()
+        errand.run(paths)
+        return code
 
 
 class Apply:
@@ -54,8 +56,10 @@ class Apply:
 
     def run(self) -> int:
         """Do each step, reporting it first; the last report is the outcome."""
-        step = "read the configuration"
+        step = "see whether a command of the operator is half done"
         try:
+            underway.check(self._paths)
+            step = "read the configuration"
             config = load_config(self._paths)
             token = site_token.load(config.token_file)
             install = method(config, self._paths)

@@ -7,13 +7,7 @@ and each field has a form that is checked here.
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import os
 import re
-import secrets
-import stat
-from pathlib import Path
 from urllib.parse import urlsplit
 
 from k3sagentd import schema
@@ -22,6 +16,7 @@ from k3sagentd.core.k3s import Action, Order, Result
 from k3sagentd.core.registration import SERVERS_LIMIT
 from k3sagentd.errors import DataError
 from k3sagentd.files import read_bounded, write_atomically
+from k3sagentd.k3s import handed
 from k3sagentd.k3s.flags import SHARED
 from k3sagentd.paths import Paths
 
@@ -43,44 +38,13 @@ def write_order(paths: Paths, order: Order) -> None:
 
 
 def take_order(paths: Paths) -> Order | None:
-    """For root: take the order away and return it; None where there is none. Raises DataError.
-
-    Taken by its name before it is looked at, whatever it is: a bad order must not start us again
-    and again, and one that comes meanwhile must not be lost.
-    """
-    taken = paths.run / f".taken-{secrets.token_hex(8)}"
-    try:
-        paths.order.rename(taken)
-    except FileNotFoundError:
-        return None
-    try:
-        data = _read(taken)
-    except OSError as error:
-        if error.errno not in (errno.ELOOP, errno.ENXIO):  # a symbolic link; a socket
-            raise
-        data = None
-    finally:
-        with contextlib.suppress(IsADirectoryError):
-            taken.unlink()
+    """For root: take the order away and return it; None where there is none. Raises DataError."""
+    data = handed.take(paths.order, ORDER_LIMIT_BYTES)
     if data is None:
-        raise DataError(f"{paths.order} is no plain file")
-    if len(data) > ORDER_LIMIT_BYTES:
-        raise DataError(f"{paths.order} has more than {ORDER_LIMIT_BYTES} bytes")
+        return None
     order = schema.loads(Order, data)
     check(order)
     return order
-
-
-def _read(taken: Path) -> bytes | None:
-    """Its bytes, one more than the limit at most; None for what is no plain file."""
-    fd = os.open(taken, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
-            return None
-        return os.read(fd, ORDER_LIMIT_BYTES + 1)
-    finally:
-        os.close(fd)
 
 
 def check(order: Order) -> None:

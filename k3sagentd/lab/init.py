@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """PID 1 of a lab machine: makes it from namespaces, then does what systemd's units would.
 
-Runs ``facts``, then the daemon, restarting it as its unit does, and ``apply`` whenever there is
-an order. Killing it cuts the machine's power.
+Runs ``facts``, then the daemon, restarting it as its unit does: unless it ended well; and
+``apply`` whenever there is an order or an errand. Killing it cuts the machine's power.
 """
 
 from __future__ import annotations
@@ -77,11 +77,11 @@ def _live(paths: Paths, ran: Path) -> None:
         time.sleep(POLL_S)
         if apply is not None and apply.poll() is not None:
             apply = None
-        if apply is None and paths.order.exists():
+        if apply is None and (paths.order.exists() or paths.errand.exists()):
             apply = subprocess.Popen([*PROGRAM, "apply"])
         if restart_at_s is not None and time.monotonic() >= restart_at_s:
             daemon, restart_at_s = subprocess.Popen([*PROGRAM, "run"]), None
-        elif restart_at_s is None and daemon.poll() is not None:
+        elif restart_at_s is None and daemon.poll():
             restart_at_s = time.monotonic() + RESTART_S
         _reap({daemon.pid, apply.pid if apply else 0})
 

@@ -122,7 +122,9 @@ class Lab:
     def _put_k3s(self, path: Path) -> None:
         """A ``k3s`` that is the stand-in, or the real one with its further arguments."""
         if self.k3s is None:
-            command = f'{sys.executable} -m k3sagentd.lab.standin "$@"'
+            # Root's programs are run without the environment that a checkout needs.
+            package = Path(__file__).resolve().parents[2]
+            command = f'env PYTHONPATH={package} {sys.executable} -m k3sagentd.lab.standin "$@"'
         else:
             command = " ".join([self.k3s, '"$@"', *self.k3s_arguments])
         path.write_text(f"#!/bin/sh\nexec {command}\n")

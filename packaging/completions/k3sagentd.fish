@@ -10,7 +10,9 @@ complete -c k3sagentd -n __fish_use_subcommand -a registration -d 'show where a 
 complete -c k3sagentd -n __fish_use_subcommand -a token -d 'the token of the site'
 complete -c k3sagentd -n __fish_use_subcommand -a config -d 'the configuration'
 complete -c k3sagentd -n __fish_use_subcommand -a cluster-init -d 'start the cluster here'
-complete -c k3sagentd -n __fish_use_subcommand -a reset -d 'put identity and votes aside'
+complete -c k3sagentd -n __fish_use_subcommand -a leave -d 'take this machine out of its cluster'
+complete -c k3sagentd -n __fish_use_subcommand -a repair-addresses -d 'get a server whose address changed back'
+complete -c k3sagentd -n __fish_use_subcommand -a reset -d 'make this machine as before its first start'
 complete -c k3sagentd -n __fish_use_subcommand -a lab -d 'a site of several machines on this one'
 complete -c k3sagentd -n '__fish_seen_subcommand_from status registration' -l json
 complete -c k3sagentd -n '__fish_seen_subcommand_from status' -l watch
@@ -20,4 +22,5 @@ complete -c k3sagentd -n '__fish_seen_subcommand_from token' -a create
 complete -c k3sagentd -n '__fish_seen_subcommand_from token' -l file -r -F
 complete -c k3sagentd -n '__fish_seen_subcommand_from config' -a check
 complete -c k3sagentd -n '__fish_seen_subcommand_from cluster-init' -l force
+complete -c k3sagentd -n '__fish_seen_subcommand_from cluster-init leave repair-addresses reset' -l yes
 complete -c k3sagentd -n '__fish_seen_subcommand_from lab' -a 'up exec add kill start partition heal status down'

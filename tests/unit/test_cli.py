@@ -29,6 +29,7 @@ VIEW = {
 def run(*arguments: str) -> tuple[int, str]:
     done = subprocess.run(
         [sys.executable, "-m", "k3sagentd", *arguments],
+        stdin=subprocess.DEVNULL,
         cwd=ROOT,
         env={**os.environ, "K3SAGENTD_LAB": "/nonexistent/lab"},
         capture_output=True,
@@ -48,6 +49,8 @@ def run(*arguments: str) -> tuple[int, str]:
         (("wait", "--for", "sealed", "--timeout", "1s"), 75, "not sealed after 1 s; unconfigured"),
         (("wait", "--for", "never"), 64, "invalid choice"),
         (("cluster-init",), 64, "--force"),
+        (("cluster-init", "--force"), 64, "there is no terminal to ask at; --yes"),
+        (("cluster-init", "--force", "--yes"), 69, "the daemon does not answer"),
         (("fly",), 64, "invalid choice"),
         (("lab", "exec", "node1", "--", "true"), 69, "no lab is up; k3sagentd lab up"),
         (("lab", "up", "--nodes", "0"), 64, "--nodes is 0; allowed: 1 to 100"),
@@ -61,7 +64,18 @@ def test_codes(arguments: tuple[str, ...], code: int, message: str) -> None:
     assert said.count("\n") == 1
 
 
-@pytest.mark.parametrize("arguments", [["lab"], ["lab", "down"], ["apply"], ["facts"], ["reset"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["lab"],
+        ["lab", "down"],
+        ["apply"],
+        ["facts"],
+        ["leave"],
+        ["repair-addresses"],
+        ["reset"],
+    ],
+)
 def test_root_is_asked_for_in_one_line(arguments: list[str], monkeypatch, capsys) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     assert main(arguments) == 77

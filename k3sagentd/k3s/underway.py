@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Commands of the operator that take several steps: how far they are, and nothing between them.
+
+A command that was killed half-way leaves its progress behind. Until it is run again no order
+touches K3s: the daemon knows nothing of the step in between, and would undo it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from k3sagentd import schema
+from k3sagentd.errors import DataError, MachineError
+from k3sagentd.files import fsync_directory, read_bounded, write_atomically
+from k3sagentd.paths import Paths
+
+LIMIT_BYTES = 64 * 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """A command that is under way; which fields it has is its own matter."""
+
+    command: str
+    """``leave``, or ``repair-addresses``."""
+    step: str
+    """The last one that is done."""
+    address: str | None = None
+    """The machine's new address."""
+    server: str | None = None
+    """The server that is asked, as ``https://host:6443``; None: none answers."""
+    name: str | None = None
+    """The machine's Node, and its uid."""
+    uid: str | None = None
+
+
+@contextlib.contextmanager
+def alone(paths: Paths) -> Iterator[None]:
+    """As the only one of root's parts that does something to K3s; waits for another."""
+    paths.root_run.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with paths.apply_lock.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def load(paths: Paths) -> Progress | None:
+    """What is under way; raises MachineError."""
+    try:
+        return schema.loads(Progress, read_bounded(paths.underway, LIMIT_BYTES))
+    except FileNotFoundError:
+        return None
+    except DataError as error:
+        raise MachineError(f"{paths.underway}: {error}") from error
+
+
+def save(paths: Paths, progress: Progress) -> Progress:
+    """Keep it, also over a power cut; returns it."""
+    paths.underway.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    write_atomically(paths.underway, schema.dumps(progress, indent=1).encode(), mode=0o600)
+    return progress
+
+
+def clear(paths: Paths) -> None:
+    """The command has ended."""
+    paths.underway.unlink(missing_ok=True)
+    with contextlib.suppress(FileNotFoundError):
+        fsync_directory(paths.underway.parent)
+
+
+def check(paths: Paths, mine: str | None = None) -> None:
+    """Raise MachineError while a command other than ``mine`` is half done."""
+    progress = load(paths)
+    if progress is not None and progress.command != mine:
+        raise MachineError(
+            f"k3sagentd {progress.command} was not finished on this machine; run it again"
+        )

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``k3sagentd leave``: a machine goes out of its cluster while the cluster goes on.
+
+A ready server drains it and deletes its Node; this machine stops K3s in between, or its kubelet
+would make the Node again. Refused by that server where the quorum would go.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import replace
+
+from k3sagentd.config import Config
+from k3sagentd.control import ControlClient
+from k3sagentd.k3s import underway
+from k3sagentd.k3s.install import method
+from k3sagentd.k3s.underway import Progress
+from k3sagentd.paths import Paths
+from k3sagentd.upkeep import service
+
+COMMAND = "leave"
+DRAINED, STOPPED, REMOVED = "drained", "stopped", "removed"
+QUESTION = """\
+This machine leaves its cluster: what runs on it moves elsewhere, K3s stops here, and its Node is
+deleted, on a server with its member of etcd. It does not come back by itself: k3sagentd reset makes
+a new machine of it. K3s's data stays on the disk until then."""
+
+Say = Callable[[str], None]
+
+
+def has_left(paths: Paths) -> bool:
+    """Whether there is nothing more to do."""
+    return paths.left.exists() and not paths.underway.exists() and service.pid(paths) is None
+
+
+def leave(paths: Paths, config: Config, say: Say) -> None:
+    """Do what is left to do; raises K3sagentdError."""
+    underway.check(paths, COMMAND)
+    progress = underway.load(paths)
+    if progress is None and paths.left.exists():
+        progress = Progress(command=COMMAND, step=REMOVED)
+    if progress is None:
+        say("a server drains this machine; that may take some minutes")
+        _ask(paths, "drain")
+        progress = underway.save(paths, Progress(command=COMMAND, step=DRAINED))
+    if progress.step == DRAINED:
+        say("stop K3s, now and at every boot")
+        with underway.alone(paths):
+            method(config, paths).stop()
+        progress = underway.save(paths, replace(progress, step=STOPPED))
+    if progress.step == STOPPED:
+        say("a server deletes this machine's Node")
+        _ask(paths, "remove")
+        underway.save(paths, replace(progress, step=REMOVED))
+    say("stop the daemon, now and at every boot")
+    service.mark(paths, "this machine has left its site; k3sagentd reset makes a new one of it")
+    underway.clear(paths)
+    service.stop(paths, config)
+
+
+def _ask(paths: Paths, step: str) -> None:
+    asyncio.run(ControlClient(paths.control).leave(step))
