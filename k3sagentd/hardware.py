@@ -6,6 +6,7 @@ Read by root (``k3sagentd facts``): DMI's UUID is not readable by others.
 
 from __future__ import annotations
 
+import hmac
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,17 @@ def read_hardware(root: Path = Path("/")) -> Hardware:
         uuid=_mark(root / DMI_UUID),
         macs=tuple(sorted(_macs(root / NETWORK))),
     )
+
+
+def mark_of(hardware: Hardware, key: bytes) -> str | None:
+    """A mark of this machine that its site alone can tell; None where nothing names it.
+
+    The serial alone where there is one, else all that there is: an image does not change it.
+    """
+    named = hardware.serial or ",".join((hardware.uuid or "", *hardware.macs)).strip(",")
+    if not named:
+        return None
+    return hmac.new(key, named.encode(), "sha256").hexdigest()[:16]
 
 
 def same_machine(before: Hardware, now: Hardware) -> bool:

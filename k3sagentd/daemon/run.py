@@ -18,18 +18,21 @@ from k3sagentd import schema, store, systemd
 from k3sagentd.config import Config
 from k3sagentd.control import ControlServer
 from k3sagentd.core import guards, machine, registration, status
-from k3sagentd.core.events import AddressChanged, InitForced, Tick
+from k3sagentd.core.cluster import Errand, ErrandResult
+from k3sagentd.core.events import AddressChanged, ErrandEnded, InitForced, LeaveAsked, Tick
 from k3sagentd.core.hello import k3s_role
 from k3sagentd.core.k3s import Order, ServerOrAgent
-from k3sagentd.core.messages import Hello, Message
+from k3sagentd.core.messages import Hello, LeaveStep, Message
 from k3sagentd.core.state import Node, Site
 from k3sagentd.core.words import NodeId
 from k3sagentd.daemon.drive import Drive
 from k3sagentd.daemon.engine import Engine
+from k3sagentd.daemon.errands import Errands
 from k3sagentd.daemon.links import Links, Receiver
 from k3sagentd.discovery import addresses, seeds
 from k3sagentd.discovery.mdns import Mdns
 from k3sagentd.discovery.table import Source
+from k3sagentd.hardware import Hardware, mark_of
 from k3sagentd.identity import Identity, load_or_create
 from k3sagentd.k3s.facts import MachineFacts, read_facts
 from k3sagentd.keys import SiteKeys
@@ -41,6 +44,7 @@ from k3sagentd.peer.tls import client_context, server_context
 log = logging.getLogger(__name__)
 
 FACTS_POLL_S = 0.5
+LEAVE_LOOK_S = 5.0
 ANNOUNCE_DELAY_S = 0.05
 """Changes of one's own that come together are told together."""
 
@@ -49,7 +53,13 @@ class Daemon:
     """The parts of one run, joined."""
 
     def __init__(
-        self, config: Config, paths: Paths, token: bytes, keys: SiteKeys, identity: Identity
+        self,
+        config: Config,
+        paths: Paths,
+        token: bytes,
+        keys: SiteKeys,
+        identity: Identity,
+        hardware: Hardware,
     ) -> None:
         self._config = config
         self._keys = keys
@@ -66,6 +76,7 @@ class Daemon:
             replace_after_s=config.replace_after_s,
             registration_address=config.registration_address,
             machine=systemd.machine_mark(keys.site_id),
+            hardware=mark_of(hardware, keys.election_key),
         )
         durable = store.load(paths.state, identity.node)
         node: Node = machine.new_node(site, durable, time.monotonic())
@@ -76,6 +87,7 @@ class Daemon:
         self._server = PeerServer(
             server_context(keys, identity), config.port, self._receiver, self._links.refused
         )
+        self._errands = Errands(paths, self._errand_ended)
         self.drive = Drive(self.engine, paths, token.decode(), self._links.clocks)
         self._mdns = Mdns(
             node=identity.node,
@@ -112,6 +124,13 @@ class Daemon:
     def order(self, order: Order) -> None:
         """Ask root."""
         self.drive.order(order)
+
+    def errand(self, errand: Errand) -> None:
+        """Ask root to do something in the cluster's API."""
+        self._errands.give(errand)
+
+    async def _errand_ended(self, result: ErrandResult) -> None:
+        await self.engine.carry_out(ErrandEnded(now_s=time.monotonic(), result=result))
 
     def _changed(self) -> None:
         line = status.waiting_for(self.engine.node, time.monotonic())
@@ -158,7 +177,17 @@ class Daemon:
 
     async def leave(self, step: str) -> str | None:
         """For ``k3sagentd leave``."""
-        return f"this version cannot {step} a machine yet"
+        wanted = LeaveStep(step)
+        await self.engine.carry_out(LeaveAsked(now_s=time.monotonic(), step=wanted))
+        while True:
+            revision, leaving = self.engine.revision, self.engine.node.leaving
+            if leaving is None or leaving.step is not wanted:
+                return "another step of leaving was asked for meanwhile"
+            if leaving.done:
+                return None
+            if leaving.refused is not None:
+                return leaving.refused
+            await self.engine.changed(revision, LEAVE_LOOK_S)
 
     # --- tasks ------------------------------------------------------------------------------
 
@@ -176,6 +205,7 @@ class Daemon:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(_forever(run_engine))
                 tasks.create_task(self.drive.run())
+                tasks.create_task(self._errands.run())
                 tasks.create_task(self._follow_addresses())
                 tasks.create_task(_watchdog())
                 for seed in self._config.seeds:
@@ -263,4 +293,4 @@ async def main(config: Config, token: bytes, keys: SiteKeys, paths: Paths) -> No
     identity = load_or_create(paths.state, keys, found.hardware)
     log.info("node %s of site %s, pid %d", identity.node, keys.site_id, os.getpid())
     with contextlib.suppress(asyncio.CancelledError):
-        await Daemon(config, paths, token, keys, identity).run()
+        await Daemon(config, paths, token, keys, identity, found.hardware).run()
