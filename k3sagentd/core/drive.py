@@ -236,7 +236,10 @@ def _remember(turn: Turn, action: Action) -> None:
 
 
 def choose_name(node: Node) -> str:
-    """K3s's name for this node: the hostname, made unique where others have or may have it."""
+    """K3s's name for this node: the one that it has, or the hostname, made unique where others have
+    or may have it."""
+    if node.facts is not None and node.facts.node_name is not None:
+        return node.facts.node_name
     hostname = node.site.hostname
     if guards.existing_cluster(node) is not None:
         return hostname

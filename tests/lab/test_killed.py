@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from k3sagentd.core.k3s import Action, Order, Outcome, ServerOrAgent
-from k3sagentd.k3s import facts
+from k3sagentd.k3s import data
 from k3sagentd.k3s.order import read_result, write_order
 from k3sagentd.lab import network, site
 from k3sagentd.paths import Paths
@@ -68,7 +68,7 @@ class Machine:
         (root / "starts").touch()
         if order.action is Action.STAND_DOWN:
             (paths.k3s_data / "server/db/etcd/member/wal").mkdir(parents=True)
-            (paths.k3s_data / facts.MARKER).write_text(json.dumps({"epoch": order.epoch}))
+            (paths.k3s_data / data.MARKER).write_text(json.dumps({"epoch": order.epoch}))
             (root / "active").touch()
 
     def apply(self, kill_at: int | None = None) -> int:
