@@ -90,11 +90,11 @@ def _joined(
 
 def _address(paths: Paths, at: Attachment | None) -> dict[str, str]:
     """Where this machine is; with etcd data, where etcd knows it to be (K3S.md 8)."""
-    now = {} if at is None else {"node-ip": at.address, "flannel-iface": at.interface}
-    if datastore(paths.k3s_data) is not Datastore.ETCD:
-        return now
-    before = present(paths)
-    return now | {key: before[key] for key in ADDRESS if key in before}
+    before = {key: value for key, value in present(paths).items() if key in ADDRESS}
+    if at is None:
+        return before
+    now = {"node-ip": at.address, "flannel-iface": at.interface}
+    return now | before if datastore(paths.k3s_data) is Datastore.ETCD else now
 
 
 def _labels(order: Order) -> list[str]:

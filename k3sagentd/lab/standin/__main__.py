@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``k3s server|agent``, and ``k3s kubectl get nodes`` on a server."""
+"""``k3s server|agent``, ``k3s --version``, and ``k3s kubectl get nodes`` on a server."""
 
 from __future__ import annotations
 
@@ -35,13 +35,16 @@ def main(arguments: list[str]) -> int:
     match arguments:
         case ["kubectl", "get", "nodes"]:
             return _get_nodes(options.token or "")
+        case ["--version"]:
+            print(f"k3s version {knobs().version} (standin)")
+            return 0
         case ["server" | "agent" as role]:
             if message := knobs().fail:
                 fatal(message)
             start = server.main if role == "server" else agent.main
             return start(options, knobs(), paths.k3s_data)
         case _:
-            print("usage: k3s server | agent | kubectl get nodes", file=sys.stderr)
+            print("usage: k3s server | agent | --version | kubectl get nodes", file=sys.stderr)
             return 64
 
 

@@ -35,6 +35,8 @@ class Knobs:
     """Before it answers anything but ``starting``."""
     promote_s: float = 15.0
     """The leader's tick for learners (K3S.md 4)."""
+    version: str = "v1.33.4+k3s1"
+    """What it says it is. Before v1.22.2 it does not convert SQLite (K3S.md 1)."""
     fail: str | None = None
     """Ends each start with this message."""
 

@@ -107,11 +107,12 @@ class Server:
         name = self._member_name()
         await self._start_etcd(f"{name}=http://{self._options.node_ip}:2380", new=True)
         state = self._db / "state.db"
-        if state.exists():
+        if state.exists() and _converts(self._knobs.version):
             log.info("Migrating content from sqlite to etcd")
             assert self._etcd is not None
             with sqlite3.connect(state) as database:
-                for key, value in database.execute("SELECT name, value FROM kine"):
+                rows = "SELECT name, value FROM kine WHERE name LIKE '/registry/%'"
+                for key, value in database.execute(rows):
                     await self._etcd.put(key, value)
             state.rename(self._db / "state.db.migrated")
 
@@ -329,6 +330,11 @@ class Server:
         if self._etcd is None:
             return web.json_response([])
         return web.json_response([json.loads(each) for each in await self._etcd.values(MINIONS)])
+
+
+def _converts(version: str) -> bool:
+    """Whether a release converts SQLite to etcd; older ones start empty (K3S.md 1)."""
+    return tuple(map(int, version.partition("+")[0][1:].split("."))) >= (1, 22, 2)
 
 
 def _initial(members: list[dict[str, Any]], without: str) -> list[str]:
