@@ -102,6 +102,16 @@ class Paths:
         return self.root_state / "underway.json"
 
     @property
+    def converting(self) -> Path:
+        """There while K3s's SQLite data is being converted to etcd for us."""
+        return self.root_state / "converting"
+
+    @property
+    def restart(self) -> Path:
+        """There from a change of K3s's configuration to the restart that it needs."""
+        return self.root_run / "restart"
+
+    @property
     def clock(self) -> Path:
         """From the daemon to root: how far the peers' clocks are from ours."""
         return self.run / "clock.json"

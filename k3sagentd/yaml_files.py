@@ -61,14 +61,15 @@ class Merged:
         return Merged(inner, {name: self.file_of(key) for name in inner}, self.files)
 
 
-def merge(base: Path) -> Merged:
-    """Read and merge ``base`` and its drop-ins; raises ConfigError."""
+def merge(base: Path, *, without: Path | None = None) -> Merged:
+    """Read and merge ``base`` and its drop-ins, but ``without`` one; raises ConfigError."""
     values: dict[str, Any] = {}
     origins: dict[str, Path] = {}
     files = [base] if base.exists() else []
     directory = base.with_name(base.name + ".d")
     if directory.is_dir():
         files += sorted(f for f in directory.iterdir() if f.suffix in (".yaml", ".yml"))
+        files = [file for file in files if file != without]
     for file in files:
         for key, value in load(file).items():
             name = key.removesuffix("+")

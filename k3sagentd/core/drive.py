@@ -224,7 +224,7 @@ def _join(turn: Turn) -> None:
         # one that is left of two is none.
         if leaving.is_out(node):
             _ensure(turn, Action.STEP_DOWN)
-        else:
+        elif node.k3s.ready or not _is_entering(node, turn.now_s):
             leaving.begin(turn, LeaveStep.REMOVE)
         return
     if k3s_role(node) is ServerOrAgent.SERVER and not node.drive.prepared:
@@ -237,6 +237,13 @@ def _join(turn: Turn) -> None:
         _ensure(turn, Action.JOIN)
         if is_kept_out(turn.node, turn.now_s):
             ask(turn)
+
+
+def _is_entering(node: Node, now_s: float) -> bool:
+    """Whether K3s was started just now: it may become a member at any moment."""
+    drive = node.drive
+    joining = drive.order is not None and drive.order.action is Action.JOIN
+    return joining and now_s < drive.ordered_s + KEPT_OUT_S
 
 
 def is_kept_out(node: Node, now_s: float) -> bool:
@@ -362,8 +369,8 @@ def on_result(turn: Turn, result: Result) -> None:
     prepared = drive.prepared or (
         result.outcome is Outcome.DONE and drive.order.action in (Action.PREPARE, Action.JOIN)
     )
-    if drive.order.action is Action.STEP_DOWN and result.outcome is Outcome.DONE:
-        turn.set(leaving=None)
+    if drive.order.action is Action.STEP_DOWN and result.outcome is not Outcome.RUNNING:
+        turn.set(leaving=None)  # where it failed, perhaps since it had become a member meanwhile
     turn.drive(outcome=result.outcome, result=result, retry_at_s=retry_at_s, prepared=prepared)
     if retry_at_s is not None:
         turn.drive(registration=None, asked_s=float("-inf"))

@@ -29,10 +29,6 @@ class Facts:
     """Epoch in which our init order made this data; None: it was there before us."""
     origin_generation: int = 0
     """The generation of the bootstrap log that ``origin`` is an epoch of."""
-    node_name: str | None = None
-    """K3s's name for this machine where it ran before us; None: ours to choose."""
-    node_ip: str | None = None
-    """The address that etcd knows this server by, where there is etcd data."""
     ca_hash: str | None = None
     """SHA-256 (64 hex) of ``server/tls/server-ca.crt``, where there is one."""
     fsync_ms: float | None = None
@@ -40,6 +36,12 @@ class Facts:
     shared_flags: Mapping[str, str] = field(default_factory=dict)
     """This machine's own settings of the flags that all servers must share (K3S.md 4);
     values are canonical strings (JSON for what is no string)."""
+    node_name: str | None = None
+    """K3s's name for this machine where K3s was there before us: it cannot be chosen any more. None
+    on a machine whose K3s is ours or has no data."""
+    node_ip: str | None = None
+    """With etcd data: the address that K3s is configured with, by which etcd knows this member.
+    None where K3s takes what it finds at each start."""
 
 
 class Action(StrEnum):

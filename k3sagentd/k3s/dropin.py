@@ -3,23 +3,30 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from k3sagentd.config import Config
-from k3sagentd.core.k3s import Action, Order, ServerOrAgent
+from k3sagentd.core.cluster import HARDWARE_LABEL, NODE_LABEL
+from k3sagentd.core.k3s import Action, Datastore, Order, ServerOrAgent
 from k3sagentd.discovery.addresses import Attachment
 from k3sagentd.errors import ConfigError
 from k3sagentd.k3s import flags
+from k3sagentd.k3s.data import datastore
+from k3sagentd.k3s.settings import as_list, configured
 from k3sagentd.paths import Paths
-from k3sagentd.yaml_files import Merged, merge
+from k3sagentd.yaml_files import Merged, load, merge
+
+log = logging.getLogger(__name__)
 
 HEADER = "# Written by k3sagentd for this node; changes here are overwritten.\n"
 DECISIVE = ("cluster-init", "server", "token", "token-file", "datastore-endpoint", "cluster-reset")
 """Keys that decide which cluster a start of K3s makes or joins (K3S.md 1)."""
+ADDRESS = ("node-ip", "flannel-iface")
+"""Keys that follow this machine's address, except where etcd knows it by another (K3S.md 8)."""
 
 
 def secure_token(order: Order, token: bytes) -> str:
@@ -33,33 +40,67 @@ def contents(
     order: Order, server: str | None, config: Config, paths: Paths, at: Attachment | None
 ) -> dict[str, Any]:
     """The drop-in's keys for ``order``; ``server`` is the address that was checked."""
-    operator = _operators(paths)
-    options = {key: value for key, value in config.k3s.items() if not key.endswith("+")}
-    agent = order.role is ServerOrAgent.AGENT
-    if agent:
+    operator = merge(paths.k3s_config, without=paths.dropin).values
+    options = configured(config, operator)
+    if order.role is ServerOrAgent.AGENT:
         options = {key: value for key, value in options.items() if key in flags.AGENT}
     values: dict[str, Any] = dict(options)
-    if not agent:
-        shared = {k: flags.plain(v) for k, v in order.shared_flags.items()}
-        # The operator's own file may say the same already, or in more words.
-        values.update({k: v for k, v in shared.items() if k not in values and k not in operator})
-        names = [config.registration_address] if config.registration_address else []
-        sans = [*_list(operator.get("tls-san")), *_list(options.get("tls-san")), *names]
-        if at is not None:
-            sans.append(at.address)
-        values["tls-san"] = list(dict.fromkeys(sans))
+    if order.role is ServerOrAgent.SERVER:
+        values |= _of_servers(order, config, operator, options, at)
     if order.action is Action.INIT:
         values["cluster-init"] = True
     else:
         values["server"] = server
     values["token-file"] = str(paths.k3s_token)
     values["node-name"] = order.node_name
-    if at is not None:
-        if not {"node-ip"} & (operator.keys() | options.keys()):
-            values["node-ip"] = at.address
-        if not {"flannel-iface"} & (operator.keys() | options.keys()):
-            values["flannel-iface"] = at.interface
+    for key, value in _address(paths, at).items():
+        if key not in operator:
+            values.setdefault(key, value)
+    if labels := _labels(order):
+        values["node-label"] = _joined(operator, options, "node-label", labels)
     return values
+
+
+def _of_servers(
+    order: Order,
+    config: Config,
+    operator: Mapping[str, Any],
+    options: Mapping[str, Any],
+    at: Attachment | None,
+) -> dict[str, Any]:
+    """What only servers are told: the site's shared flags, and the names in their certificate."""
+    # The operator's own file may say the same already, or in more words.
+    values = {
+        key: flags.plain(value)
+        for key, value in order.shared_flags.items()
+        if key not in options and key not in operator
+    }
+    names = [config.registration_address, at.address if at is not None else None]
+    sans = [name for name in names if name]
+    return values | {"tls-san": _joined(operator, options, "tls-san", sans)}
+
+
+def _joined(
+    operator: Mapping[str, Any], options: Mapping[str, Any], key: str, ours: list[str]
+) -> list[Any]:
+    """A list of everybody's: later files win as a whole (K3S.md 5), so ours has all."""
+    everything = [*as_list(operator.get(key)), *as_list(options.get(key)), *ours]
+    return list(dict.fromkeys(everything))
+
+
+def _address(paths: Paths, at: Attachment | None) -> dict[str, str]:
+    """Where this machine is; with etcd data, where etcd knows it to be (K3S.md 8)."""
+    before = {key: value for key, value in present(paths).items() if key in ADDRESS}
+    if at is None:
+        return before
+    now = {"node-ip": at.address, "flannel-iface": at.interface}
+    return now | before if datastore(paths.k3s_data) is Datastore.ETCD else now
+
+
+def _labels(order: Order) -> list[str]:
+    """Which machine a Node is, for those who clear up after it (``core.cluster``)."""
+    pairs = ((NODE_LABEL, order.node), (HARDWARE_LABEL, order.hardware))
+    return [f"{key}={value}" for key, value in pairs if value]
 
 
 def render(values: Mapping[str, Any]) -> bytes:
@@ -68,15 +109,9 @@ def render(values: Mapping[str, Any]) -> bytes:
     return (HEADER + text).encode()
 
 
-def _operators(paths: Paths) -> dict[str, Any]:
-    merged = merge(paths.k3s_config)
-    return {k: v for k, v in merged.values.items() if merged.file_of(k) != paths.dropin}
-
-
-def _list(value: Any) -> list[Any]:
-    if value is None:
-        return []
-    return list(value) if isinstance(value, list) else [value]
+def present(paths: Paths) -> dict[str, Any]:
+    """The drop-in that is there, empty where there is none; raises ConfigError."""
+    return load(paths.dropin) if paths.dropin.exists() else {}
 
 
 def check(order: Order, server: str | None, paths: Paths) -> None:
@@ -89,15 +124,18 @@ def check(order: Order, server: str | None, paths: Paths) -> None:
         wanted["server"] = server
     for key in DECISIVE:
         if key in merged.values and merged.values[key] != wanted.get(key):
-            _complain(merged, key, paths.dropin)
+            _complain(merged, key, paths)
         if key in wanted and key not in merged.values:
             raise ConfigError(f"{paths.dropin}: {key} is missing")
     if merged.values.get("node-name") != order.node_name:
-        _complain(merged, "node-name", paths.dropin)
+        _complain(merged, "node-name", paths)
+    if not set(_labels(order)) <= set(as_list(merged.values.get("node-label"))):
+        # K3s runs without them; but nobody clears up after a Node that does not say whose it is.
+        log.warning("%s hides our node-label; use node-label+", merged.file_of("node-label"))
 
 
-def _complain(merged: Merged, key: str, dropin: Path) -> None:
+def _complain(merged: Merged, key: str, paths: Paths) -> None:
     raise ConfigError(
-        f"{merged.file_of(key)}: {key} is {merged.values[key]!r}; allowed: what {dropin} says; "
-        f"remove {key} there"
+        f"{merged.file_of(key)}: {key} is {merged.values[key]!r}; allowed: what {paths.dropin} "
+        f"says; remove {key} there"
     )

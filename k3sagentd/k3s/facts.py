@@ -7,8 +7,6 @@ Written to ``facts.json`` for the daemon, which may not look itself. Never holds
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import logging
 import os
 import tempfile
@@ -18,18 +16,18 @@ from pathlib import Path
 
 from k3sagentd import schema
 from k3sagentd.config import Config, load_config
-from k3sagentd.core.k3s import Datastore, Facts
+from k3sagentd.core.k3s import Datastore, Facts, ServerOrAgent
 from k3sagentd.errors import ConfigError, DataError
 from k3sagentd.files import read_bounded, write_atomically
 from k3sagentd.hardware import Hardware, read_hardware
 from k3sagentd.k3s import flags
+from k3sagentd.k3s.data import ca_hash, datastore, read_marker
+from k3sagentd.k3s.ownership import is_adopted
+from k3sagentd.k3s.settings import configured, node_ip, node_name, told
 from k3sagentd.paths import Paths
-from k3sagentd.yaml_files import merge
 
 log = logging.getLogger(__name__)
 
-MARKER = "k3sagentd.json"
-"""In K3s's data directory: which epoch's order made it."""
 FACTS_LIMIT_BYTES = 256 * 1024
 FSYNC_SAMPLES = 7
 FSYNC_BYTES = 8192
@@ -69,54 +67,25 @@ def read_facts(paths: Paths) -> MachineFacts | None:
 
 def collect(paths: Paths, config: Config, fsync_ms: float | None = None) -> Facts:
     """The facts about K3s on this machine; the disk is measured once per boot."""
-    data = paths.k3s_data
-    store = datastore(data)
-    return Facts(
-        datastore=store,
-        origin=read_marker(data),
-        ca_hash=_ca_hash(data),
-        fsync_ms=fsync_ms if fsync_ms is not None else measure_fsync(data),
-        shared_flags=flags.shared(_options(paths, config)),
-    )
-
-
-def _options(paths: Paths, config: Config) -> dict[str, object]:
-    """K3s's options as the operator set them: in K3s's own files or in ours."""
+    store = datastore(paths.k3s_data)
+    marker = read_marker(paths.k3s_data)
+    role = ServerOrAgent.AGENT if store is Datastore.AGENT else ServerOrAgent.SERVER
     try:
-        own = merge(paths.k3s_config)
+        all_told = told(paths, role)
+        theirs = told(paths, role, ours=False)
     except ConfigError as error:
         log.warning("%s", error)
-        return dict(config.k3s)
-    theirs = {key: v for key, v in own.values.items() if own.file_of(key) != paths.dropin}
-    return {**theirs, **config.k3s}
-
-
-def datastore(data: Path) -> Datastore:
-    """What K3s would go on with at its next start (K3S.md 1)."""
-    if (data / "server/db/etcd/member/wal").exists():
-        return Datastore.ETCD
-    if (data / "server/db/state.db").exists():
-        return Datastore.SQLITE
-    if (data / "agent/client-kubelet.crt").exists():
-        return Datastore.AGENT
-    return Datastore.NONE
-
-
-def read_marker(data: Path) -> int | None:
-    """The epoch in which our init order made this data."""
-    try:
-        epoch = json.loads(read_bounded(data / MARKER, 4096))["epoch"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return epoch if type(epoch) is int and epoch >= 0 else None
-
-
-def _ca_hash(data: Path) -> str | None:
-    """SHA-256 of the server CA, or of the agent's copy of it (K3S.md 2)."""
-    for name in ("server/tls/server-ca.crt", "agent/server-ca.crt"):
-        with contextlib.suppress(OSError):
-            return hashlib.sha256(read_bounded(data / name, 256 * 1024)).hexdigest()
-    return None
+        all_told = theirs = {}
+    return Facts(
+        datastore=store,
+        origin=marker.epoch if marker else None,
+        origin_generation=marker.generation if marker else 0,
+        ca_hash=ca_hash(paths.k3s_data),
+        fsync_ms=fsync_ms if fsync_ms is not None else measure_fsync(paths.k3s_data),
+        shared_flags=flags.shared({**theirs, **configured(config, theirs)}),
+        node_name=node_name(paths, all_told) if is_adopted(paths, config) else None,
+        node_ip=node_ip(all_told) if store is Datastore.ETCD else None,
+    )
 
 
 def measure_fsync(data: Path) -> float | None:

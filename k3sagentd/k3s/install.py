@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import subprocess
 import tempfile
 import urllib.error
@@ -27,11 +28,19 @@ SCRIPT_LIMIT_BYTES = 4 * 1024 * 1024
 DOWNLOAD_TIMEOUT_S = 60.0
 INSTALL_TIMEOUT_S = 1800.0
 SYSTEMCTL_TIMEOUT_S = 180.0
-PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+VERSION_TIMEOUT_S = 60.0
+"""The binary unpacks itself at its first run, onto an SD card."""
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/opt/bin"
 
 
 class Method(Protocol):
     """One way to have K3s."""
+
+    starts_at_boot: bool
+    """Whether somebody else starts with the machine what was started once."""
+
+    def installed(self, role: ServerOrAgent) -> bool:
+        """Whether there is something to start."""
 
     def install(self, order: Order) -> None:
         """Make K3s startable, without starting it; raises MachineError."""
@@ -39,14 +48,20 @@ class Method(Protocol):
     def running(self) -> bool:
         """Whether it was started and not stopped."""
 
-    def start(self, role: ServerOrAgent) -> None:
-        """Start it now and at every boot, without waiting for it."""
+    def start(self, role: ServerOrAgent, *, at_boot: bool = True) -> None:
+        """Start it now, and at every boot (or leave that as it is), without waiting for it."""
 
     def restart(self, role: ServerOrAgent) -> None:
         """Start it again, with what its configuration says now."""
 
     def stop(self) -> None:
-        """Stop it, now and at every boot."""
+        """Stop it and what it runs, now and at every boot."""
+
+    def halt(self) -> None:
+        """Stop it for now; returns when it is gone. What it runs goes on."""
+
+    def version(self) -> str | None:
+        """The first line of ``k3s --version``; None where there is none."""
 
 
 def method(config: Config, paths: Paths) -> Method:
@@ -67,21 +82,27 @@ def method(config: Config, paths: Paths) -> Method:
 class Exec:
     """A K3s binary that is here already, kept running by a supervisor of ours."""
 
+    starts_at_boot = False
+
     def __init__(self, binary: Path, paths: Paths) -> None:
         self._binary = binary
         self._paths = paths
 
+    def installed(self, role: ServerOrAgent) -> bool:
+        """Whether the binary is there."""
+        return os.access(self._binary, os.X_OK)
+
     def install(self, order: Order) -> None:
         """Nothing but a look."""
-        if not os.access(self._binary, os.X_OK):
+        if not self.installed(order.role):
             raise MachineError(f"{self._binary} is not executable; put a K3s binary there")
 
     def running(self) -> bool:
         """Whether the supervisor is there."""
         return supervise.running(self._paths)
 
-    def start(self, role: ServerOrAgent) -> None:
-        """Start the supervisor."""
+    def start(self, role: ServerOrAgent, *, at_boot: bool = True) -> None:
+        """Start the supervisor; at a boot it is our orders that start K3s."""
         supervise.start(self._paths, self._binary, role)
 
     def restart(self, role: ServerOrAgent) -> None:
@@ -93,13 +114,28 @@ class Exec:
         """Stop the supervisor and its K3s."""
         supervise.stop(self._paths)
 
+    def halt(self) -> None:
+        """Stop the supervisor and its K3s."""
+        supervise.stop(self._paths)
+
+    def version(self) -> str | None:
+        """As the binary says."""
+        return _version(self._binary)
+
 
 class Script:
     """The K3s install script and the units that it makes."""
 
+    starts_at_boot = True
+
     def __init__(self, config: Config, paths: Paths) -> None:
         self._install = config.install
         self._paths = paths
+
+    def installed(self, role: ServerOrAgent) -> bool:
+        """Whether unit and binary are there, of whatever release: upgrades are not ours."""
+        binary = self._paths.root / "usr/local/bin/k3s"
+        return self._has_unit(role) and os.access(binary, os.X_OK)
 
     def install(self, order: Order) -> None:
         """Run the script, unless what it would make is here already."""
@@ -164,10 +200,17 @@ class Script:
         ).stdout.split()
         return any(state in ("active", "activating", "reloading") for state in states)
 
-    def start(self, role: ServerOrAgent) -> None:
-        """Enable and start; a start that blocks (K3S.md 6) is not waited for."""
+    def start(self, role: ServerOrAgent, *, at_boot: bool = True) -> None:
+        """Enable and start; a start that blocks (K3S.md 6) is not waited for.
+
+        The other role's unit is disabled: two of them would fight for one machine at each boot.
+        """
         _systemctl("daemon-reload")
-        _systemctl("enable", _unit(role))
+        if at_boot:
+            other = next(each for each in ServerOrAgent if each is not role)
+            if self._has_unit(other):
+                _systemctl("disable", _unit(other))
+            _systemctl("enable", _unit(role))
         _systemctl("start", "--no-block", _unit(role))
 
     def restart(self, role: ServerOrAgent) -> None:
@@ -178,15 +221,44 @@ class Script:
     def stop(self) -> None:
         """Disable and stop both units, as far as they exist."""
         for role in ServerOrAgent:
-            if (self._paths.root / f"etc/systemd/system/{_unit(role)}").exists():
+            if self._has_unit(role):
                 _systemctl("disable", "--now", _unit(role))
         killall = self._paths.root / "usr/local/bin/k3s-killall.sh"
         if killall.exists():
             run([str(killall)], timeout_s=SYSTEMCTL_TIMEOUT_S, what="k3s-killall.sh")
 
+    def halt(self) -> None:
+        """Stop the server's unit; its containers outlive it (KillMode=process)."""
+        _systemctl("stop", _unit(ServerOrAgent.SERVER))
+
+    def version(self) -> str | None:
+        """As the binary says, wherever the install script put it."""
+        found = shutil.which("k3s", path=PATH)
+        return _version(Path(found)) if found else None
+
+    def _has_unit(self, role: ServerOrAgent) -> bool:
+        return (self._paths.root / f"etc/systemd/system/{_unit(role)}").exists()
+
 
 def _unit(role: ServerOrAgent) -> str:
     return "k3s.service" if role is ServerOrAgent.SERVER else "k3s-agent.service"
+
+
+def _version(binary: Path) -> str | None:
+    try:
+        done = subprocess.run(
+            [str(binary), "--version"],
+            env={"PATH": PATH},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=VERSION_TIMEOUT_S,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip().partition("\n")[0][:200] or None
 
 
 def _systemctl(*arguments: str) -> None:

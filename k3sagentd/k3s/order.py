@@ -22,8 +22,11 @@ from k3sagentd.paths import Paths
 
 ORDER_LIMIT_BYTES = 16 * 1024
 RESULT_LIMIT_BYTES = 64 * 1024
-NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
-"""A label of RFC 1123, as Kubernetes wants node names."""
+_LABEL = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
+NAME = re.compile(rf"{_LABEL}(\.{_LABEL})*")
+"""Labels of RFC 1123, as Kubernetes wants node names. Ours have one; a Node that was there before
+us may have more."""
+NAME_LIMIT = 253
 HASH = re.compile(r"[0-9a-f]{64}")
 INSTANCE = re.compile(r"[0-9a-f]{0,64}")
 """A run of the daemon, and a node id: hex."""
@@ -51,8 +54,8 @@ def check(order: Order) -> None:
     """Raise DataError where a field has not the form that it must have."""
     if not 0 <= order.epoch < EPOCH_LIMIT:
         raise DataError(f"epoch is {order.epoch}")
-    if not NAME.fullmatch(order.node_name):
-        raise DataError(f"node_name is {order.node_name!r}, not a label of RFC 1123")
+    if len(order.node_name) > NAME_LIMIT or not NAME.fullmatch(order.node_name):
+        raise DataError(f"node_name is {order.node_name!r:.80}, not labels of RFC 1123")
     if len(order.servers) > SERVERS_LIMIT:
         raise DataError(f"{len(order.servers)} servers; at most {SERVERS_LIMIT}")
     for url in order.servers:

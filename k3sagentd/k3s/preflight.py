@@ -17,8 +17,9 @@ from k3sagentd.core.k3s import Datastore, ServerOrAgent
 from k3sagentd.discovery.addresses import attachment
 from k3sagentd.errors import HopelessError, MachineError
 from k3sagentd.files import write_atomically
-from k3sagentd.k3s import facts
 from k3sagentd.k3s.clock import Clock, settle
+from k3sagentd.k3s.data import datastore
+from k3sagentd.k3s.settings import UNIT_DIRECTORIES, UNITS
 from k3sagentd.paths import Paths
 
 MEMORY_WORD = "cgroup_enable=memory"
@@ -28,14 +29,15 @@ DISK_MINIMUM_MIB = {ServerOrAgent.SERVER: 2048, ServerOrAgent.AGENT: 1024}
 """Free where K3s's data will be: the binary unpacked, the system's images, etcd."""
 TCP_PORTS = {ServerOrAgent.SERVER: (6443, 2379, 2380, 10250), ServerOrAgent.AGENT: (10250,)}
 VXLAN_PORT = 8472
-UNITS = ("k3s.service", "k3s-agent.service")
-UNIT_DIRECTORIES = ("etc/systemd/system", "usr/lib/systemd/system", "lib/systemd/system")
 
 
-def preflight(config: Config, paths: Paths, role: ServerOrAgent, clock: Clock) -> Iterator[str]:
+def preflight(
+    config: Config, paths: Paths, role: ServerOrAgent, clock: Clock | None
+) -> Iterator[str]:
     """Look at one thing after the other, yielding what is waited for, if anything.
 
-    Raises MachineError where it may be better soon, HopelessError where a person is needed.
+    ``clock`` is None where K3s runs already, and the time must not jump. Raises MachineError where
+    it may be better soon, HopelessError where a person is needed.
     """
     if attachment(config.interface) is None:
         where = config.interface or "any interface with a default route"
@@ -50,7 +52,7 @@ def preflight(config: Config, paths: Paths, role: ServerOrAgent, clock: Clock) -
     for name, check in checks.items():
         if name not in config.ignore_preflight:
             check()
-    if "clock" not in config.ignore_preflight:
+    if clock is not None and "clock" not in config.ignore_preflight:
         yield from settle(paths, clock)
 
 
@@ -58,10 +60,10 @@ def check_foreign(config: Config, paths: Paths) -> None:
     """A K3s that we did not install and that has no data: what it is for, we cannot know."""
     if config.install.method != "script":
         return
-    if paths.installed.exists() or facts.datastore(paths.k3s_data) is not Datastore.NONE:
+    if paths.installed.exists() or datastore(paths.k3s_data) is not Datastore.NONE:
         return
     for directory in UNIT_DIRECTORIES:
-        for name in UNITS:
+        for name in UNITS.values():
             unit = paths.root / directory / name
             if unit.exists():
                 raise HopelessError(
@@ -89,7 +91,7 @@ def check_disk(paths: Paths, role: ServerOrAgent) -> None:
     data = paths.k3s_data
     directory = next(path for path in (data, *data.parents) if path.is_dir())
     found, least = shutil.disk_usage(directory).free // 2**20, DISK_MINIMUM_MIB[role]
-    if found < least and facts.datastore(data) is Datastore.NONE:
+    if found < least and _begins(paths, role):
         raise MachineError(
             f"{found} MiB are free below {directory}; a K3s {role} needs {least} MiB to begin with"
         )
@@ -97,9 +99,14 @@ def check_disk(paths: Paths, role: ServerOrAgent) -> None:
 
 def check_ports(paths: Paths, role: ServerOrAgent) -> None:
     """The ports that K3s will listen on are free; who has K3s's data may have K3s running."""
-    if facts.datastore(paths.k3s_data) is not Datastore.NONE:
+    if not _begins(paths, role):
         return
     wanted = [("tcp", port) for port in TCP_PORTS[role]] + [("udp", VXLAN_PORT)]
+    if datastore(paths.k3s_data) is Datastore.AGENT:
+        # The agent that is to become a server runs: its ports are its own.
+        wanted = [
+            ("tcp", port) for port in TCP_PORTS[role] if port not in TCP_PORTS[ServerOrAgent.AGENT]
+        ]
     taken = [f"{port}/{kind}" for kind, port in wanted if not _is_free(kind, port)]
     if taken:
         some = taken[0].partition("/")[0]
@@ -107,6 +114,12 @@ def check_ports(paths: Paths, role: ServerOrAgent) -> None:
             f"in use already, but needed by K3s: {', '.join(taken)}; "
             f"ss -lnptu 'sport = :{some}' names the program"
         )
+
+
+def _begins(paths: Paths, role: ServerOrAgent) -> bool:
+    """Whether K3s is new here in this role."""
+    store = datastore(paths.k3s_data)
+    return store is Datastore.NONE or (store is Datastore.AGENT and role is ServerOrAgent.SERVER)
 
 
 def _is_free(kind: str, port: int) -> bool:

@@ -3,19 +3,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import re
 import ssl
 
 import aiohttp
-from cryptography import x509
-from cryptography.hazmat.primitives.serialization import Encoding
 
 from k3sagentd.core.k3s import K3sState, ServerOrAgent
+from k3sagentd.k3s.ca import hash_of_cacerts
 
 TIMEOUT_S = 5.0
 BODY_LIMIT_BYTES = 256 * 1024
-CERTIFICATE = re.compile(rb"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----\n?", re.DOTALL)
 
 
 async def probe(role: ServerOrAgent, token: str) -> K3sState:
@@ -74,20 +70,3 @@ def insecure() -> ssl.SSLContext:
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
     return context
-
-
-def hash_of_cacerts(body: bytes) -> str | None:
-    """The hash that stands in a secure token (K3s, pkg/clientaccess/token.go); None for no PEM.
-
-    Of one certificate the body is hashed as it is, of a bundle the DER of its root, the last.
-    """
-    certificates = CERTIFICATE.findall(body)
-    if not certificates:
-        return None
-    if len(certificates) == 1:
-        return hashlib.sha256(body).hexdigest()
-    try:
-        root = x509.load_pem_x509_certificate(certificates[-1])
-    except ValueError:
-        return None
-    return hashlib.sha256(root.public_bytes(Encoding.DER)).hexdigest()

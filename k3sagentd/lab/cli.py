@@ -69,6 +69,8 @@ def _add_up_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stand-in", action="append", default=[], metavar="KEY=VALUE",
                         help="a knob of the stand-in, e.g. promote_s=2")  # fmt: skip
     parser.add_argument("--same-hostname", metavar="NAME", help="the same on every machine")
+    parser.add_argument("--unconfigured", action="store_true",
+                        help="without token: the daemons wait for it")  # fmt: skip
     parser.add_argument("--partition", nargs="+", metavar="GROUP", help="cut from the start")
 
 
@@ -140,7 +142,10 @@ def _make(arguments: argparse.Namespace, *, owned: bool) -> Lab:
     )
     site.create(lab, owned=owned)
     for _ in range(arguments.nodes):
-        lab.add(hostname=arguments.same_hostname)
+        if arguments.unconfigured:
+            lab.add(hostname=arguments.same_hostname, token=None)
+        else:
+            lab.add(hostname=arguments.same_hostname)
     if arguments.partition:
         network.partition(_groups(lab, arguments.partition))
     for name in lab.machines:

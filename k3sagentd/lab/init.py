@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """PID 1 of a lab machine: makes it from namespaces, then does what systemd's units would.
 
-Runs ``facts``, then the daemon, restarting it as its unit does: unless it ended well; and
-``apply`` whenever there is an order or an errand. Killing it cuts the machine's power.
+Runs ``facts`` and the daemon once there is a token, restarting them as their unit does: unless
+the daemon ended well; and ``apply`` whenever there is an order or an errand. Killing it cuts the
+machine's power.
 """
 
 from __future__ import annotations
@@ -67,8 +68,7 @@ def _make(machine: Path, hostname: str) -> None:
 
 
 def _live(paths: Paths, ran: Path) -> None:
-    subprocess.run([*PROGRAM, "facts"], check=False)
-    daemon = subprocess.Popen([*PROGRAM, "run"])
+    daemon = _start_daemon() if paths.token.exists() else None
     ran.write_text(f"{time.time()}")
     apply: subprocess.Popen[bytes] | None = None
     restart_at_s: float | None = None
@@ -79,11 +79,19 @@ def _live(paths: Paths, ran: Path) -> None:
             apply = None
         if apply is None and (paths.order.exists() or paths.errand.exists()):
             apply = subprocess.Popen([*PROGRAM, "apply"])
-        if restart_at_s is not None and time.monotonic() >= restart_at_s:
-            daemon, restart_at_s = subprocess.Popen([*PROGRAM, "run"]), None
+        if daemon is None:
+            daemon = _start_daemon() if paths.token.exists() else None
+        elif restart_at_s is not None and time.monotonic() >= restart_at_s:
+            daemon, restart_at_s = _start_daemon(), None
         elif restart_at_s is None and daemon.poll():
             restart_at_s = time.monotonic() + RESTART_S
-        _reap({daemon.pid, apply.pid if apply else 0})
+        _reap({daemon.pid if daemon else 0, apply.pid if apply else 0})
+
+
+def _start_daemon() -> subprocess.Popen[bytes]:
+    """As its unit: root looks at the machine, then the daemon runs."""
+    subprocess.run([*PROGRAM, "facts"], check=False)
+    return subprocess.Popen([*PROGRAM, "run"])
 
 
 def _reap(known: set[int]) -> None:

@@ -85,7 +85,10 @@ class Lab:
     # --- machines ---------------------------------------------------------------------------
 
     def add(self, *, role: str | None = None, hostname: str | None = None, **other: Any) -> str:
-        """One more machine, configured but without power; returns its name."""
+        """One more machine, configured but without power; returns its name.
+
+        With ``token=None`` its daemon does not start before ``give_token``.
+        """
         number = max(self.machines.values(), default=0) + 1
         if number > MACHINES_LIMIT:
             raise UsageError(f"a lab has at most {MACHINES_LIMIT} machines")
@@ -97,9 +100,6 @@ class Lab:
             (machine / each).mkdir(parents=True, exist_ok=True)
         (machine / "etc/hostname").write_text(f"{hostname or name}\n")
         (machine / "etc/machine-id").write_text(f"{secrets.token_hex(16)}\n")
-        token = machine / "etc/k3sagentd/token"
-        token.write_text(other.pop("token", self.token) + "\n")
-        token.chmod(0o600)
         config: dict[str, Any] = {
             "nodes": self.nodes,
             "install": {"method": "exec"},
@@ -111,13 +111,21 @@ class Lab:
         if role is not None:
             config["role"] = role
         config |= self.settings | other
+        token = config.pop("token", self.token)
         (machine / "etc/k3sagentd/config.yaml").write_text(yaml.safe_dump(config))
+        if token is not None:
+            self.give_token(name, token)
         if self.knobs:
             (machine / "etc/k3s-standin.yaml").write_text(yaml.safe_dump(self.knobs))
         (machine / "var/log/k3s.log").touch()
         self._put_k3s(machine / "usr/local/bin/k3s")
         network.plug_in(name, number)
         return name
+
+    def give_token(self, name: str, token: str | None = None) -> None:
+        """What a machine that was not configured waits for: the lab's token, or another."""
+        file = self.machine(name) / "etc/k3sagentd/token"
+        write_atomically(file, f"{token or self.token}\n".encode(), mode=0o600)
 
     def _put_k3s(self, path: Path) -> None:
         """A ``k3s`` that is the stand-in, or the real one with its further arguments."""

@@ -21,7 +21,9 @@ from k3sagentd.core.k3s import Datastore, ServerOrAgent
 from k3sagentd.discovery.addresses import Attachment
 from k3sagentd.errors import ConfigError, MachineError, TimedOutError, UnavailableError
 from k3sagentd.files import fsync_directory, write_atomically
-from k3sagentd.k3s import dropin, facts, probe, underway
+from k3sagentd.k3s import dropin, underway
+from k3sagentd.k3s.ca import hash_of_cacerts
+from k3sagentd.k3s.data import datastore
 from k3sagentd.k3s.facts import write_facts
 from k3sagentd.k3s.install import method, run
 from k3sagentd.k3s.kube import ConflictError, Kube
@@ -67,7 +69,7 @@ def plan(
     """
     underway.check(paths, COMMAND)
     before = underway.load(paths)
-    if before is None and facts.datastore(paths.k3s_data) is not Datastore.ETCD:
+    if before is None and datastore(paths.k3s_data) is not Datastore.ETCD:
         return None
     told = _told(paths, config)
     if at is None:
@@ -265,7 +267,7 @@ def _write(paths: Paths, config: Config, progress: Progress) -> None:
     if progress.server is not None:
         values["server"] = progress.server
         if not paths.k3s_token.read_text().startswith("K10"):
-            ca = probe.hash_of_cacerts((paths.k3s_data / "server/tls/server-ca.crt").read_bytes())
+            ca = hash_of_cacerts((paths.k3s_data / "server/tls/server-ca.crt").read_bytes())
             token = site_token.load(config.token_file).decode()
             write_atomically(paths.k3s_token, f"K10{ca}::server:{token}\n".encode(), mode=0o600)
     write_atomically(paths.dropin, dropin.render(values), mode=0o600)
@@ -287,7 +289,7 @@ def _cluster_reset(paths: Paths, config: Config) -> None:
 def _await_member(paths: Paths) -> None:
     """Until K3s has data of etcd again: before that it looks like no server at all."""
     deadline = time.monotonic() + API_TIMEOUT_S
-    while facts.datastore(paths.k3s_data) is not Datastore.ETCD:
+    while datastore(paths.k3s_data) is not Datastore.ETCD:
         if time.monotonic() > deadline:
             raise TimedOutError("K3s has not joined yet (journalctl -u k3s); run it again")
         time.sleep(API_POLL_S)

@@ -208,7 +208,8 @@ def _hopeless(world: World, m: Computer, found: re.Match[str]) -> bool:
 
 
 def _unprepared(world: World, m: Computer, found: re.Match[str]) -> bool:
-    return str(machine_excuse(world, m)).startswith("the founding server")
+    lost = site_excuse(world, [c for c in world.computers if c.node]) is not None
+    return lost or str(machine_excuse(world, m)).startswith("the founding server")
 
 
 def _unable_init(world: World, m: Computer, found: re.Match[str]) -> bool:

@@ -195,6 +195,8 @@ def _step_down(world: World, m: Computer, order: Order) -> Verdict:
         return DONE
     if k3s.cluster != order.ca_hash:
         return Outcome.FAILED_FOR_GOOD, "the data of another cluster"
+    if k3s.member in cluster.of(world, _ca(m)).members and cluster.has_quorum(world, _ca(m), m):
+        return Outcome.FAILED, "it is a member still"
     world.promise.steps_down(m, str(k3s.cluster))
     k3s.running = k3s.ready = k3s.enabled = False
     k3s.aside.append(str(k3s.cluster))

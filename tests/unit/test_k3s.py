@@ -13,11 +13,12 @@ from k3sagentd.config import load_config
 from k3sagentd.core.k3s import Action, Datastore, Order, Outcome, ServerOrAgent
 from k3sagentd.discovery.addresses import Attachment
 from k3sagentd.errors import ConfigError, MachineError
-from k3sagentd.k3s import dropin, facts, flags
+from k3sagentd.k3s import dropin, flags
 from k3sagentd.k3s.apply import apply
+from k3sagentd.k3s.ca import hash_of_cacerts
+from k3sagentd.k3s.data import MARKER, datastore
 from k3sagentd.k3s.install import Script, method
 from k3sagentd.k3s.order import read_result, write_order
-from k3sagentd.k3s.probe import hash_of_cacerts
 from k3sagentd.paths import Paths
 from k3sagentd.yaml_files import merge
 
@@ -164,7 +165,7 @@ def data(paths: Paths, epoch: int | None) -> Path:
     wal = paths.k3s_data / "server/db/etcd/member/wal"
     wal.mkdir(parents=True)
     if epoch is not None:
-        (paths.k3s_data / facts.MARKER).write_text(json.dumps({"epoch": epoch}))
+        (paths.k3s_data / MARKER).write_text(json.dumps({"epoch": epoch}))
     return wal
 
 
@@ -215,19 +216,19 @@ def test_a_missing_binary_is_tried_again_later(paths: Paths) -> None:
     configure(paths, "install: {method: exec, binary: /nowhere/k3s}\n")
     prepare = replace(JOIN, action=Action.PREPARE)
     write_order(paths, prepare)
-    assert apply(paths) == 1
+    assert apply(paths) == os.EX_TEMPFAIL
     result = read_result(paths)
     assert result is not None
     assert result.outcome is Outcome.FAILED
 
 
 def test_what_is_on_the_disk_is_told_apart(paths: Paths) -> None:
-    assert facts.datastore(paths.k3s_data) is Datastore.NONE
+    assert datastore(paths.k3s_data) is Datastore.NONE
     (paths.k3s_data / "agent").mkdir()
     (paths.k3s_data / "agent/client-kubelet.crt").touch()
-    assert facts.datastore(paths.k3s_data) is Datastore.AGENT
+    assert datastore(paths.k3s_data) is Datastore.AGENT
     data(paths, None)
-    assert facts.datastore(paths.k3s_data) is Datastore.ETCD
+    assert datastore(paths.k3s_data) is Datastore.ETCD
 
 
 # --- small things ---------------------------------------------------------------------------

@@ -267,7 +267,7 @@ def test_no_order_touches_k3s_meanwhile(server: Server) -> None:
         ca_hash="a" * 64,
     )
     write_order(server.paths, order)
-    assert apply(server.paths) == 1
+    assert apply(server.paths) == os.EX_TEMPFAIL
     result = read_result(server.paths)
     assert result is not None
     assert result.outcome is Outcome.FAILED

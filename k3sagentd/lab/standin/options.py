@@ -59,7 +59,7 @@ class Knobs:
     request_s: float = 0.0
     """How long a server works on each request to a node path."""
     version: str = "v1.33.4+k3s1"
-    """The release that it says it is."""
+    """The release that it says it is. Before v1.22.2 SQLite is not converted (K3S.md 1)."""
     tombstone: bool = True
     """A removed member leaves a tombstone and comes back at its next start, as the source has it;
     without, it ends at every start, as some releases do."""

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A member that becomes the other kind of member: promotion of an agent, demotion of a server.
+
+What the old role had on the disk is renamed, so whoever is killed here is, when the order comes
+again, either still in the old role or a machine without data that joins like any other. The node's
+password (/etc/rancher/node) stays, and with it the right to its name (K3S.md 7).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from k3sagentd.core.k3s import Action, Datastore, ServerOrAgent
+from k3sagentd.errors import HopelessError, MachineError
+from k3sagentd.k3s.data import MARKER, ca_hash, datastore, move, put_aside
+from k3sagentd.k3s.kube import Kube
+from k3sagentd.k3s.ownership import is_adopted
+from k3sagentd.k3s.work import Work
+
+DATA_OF = {Datastore.AGENT: ServerOrAgent.AGENT, Datastore.ETCD: ServerOrAgent.SERVER}
+A = {ServerOrAgent.AGENT: "an agent", ServerOrAgent.SERVER: "a server"}
+UNINSTALL = {
+    ServerOrAgent.AGENT: "k3s-agent-uninstall.sh",
+    ServerOrAgent.SERVER: "k3s-uninstall.sh",
+}
+IMAGES = "agent/images"
+"""What an operator put there for machines without a network (K3S.md 6): both roles read it."""
+KEPT_IMAGES = "agent-images"
+
+
+def is_change(work: Work) -> bool:
+    """Whether the data is of the other role than the order's."""
+    if work.order.action not in (Action.PREPARE, Action.JOIN, Action.STEP_DOWN):
+        return False
+    return DATA_OF.get(datastore(work.paths.k3s_data), work.order.role) is not work.order.role
+
+
+def check(work: Work) -> None:
+    """Raise HopelessError where this member may not change its role by order."""
+    paths, wanted = work.paths, work.order.role
+    found = DATA_OF[datastore(paths.k3s_data)]
+    if is_adopted(paths, work.config):
+        raise HopelessError(
+            f"K3s was {A[found]} here before k3sagentd, which does not make it {A[wanted]}; set "
+            f"role: {found}, or run {UNINSTALL[found]} and delete its Node, and it joins anew"
+        )
+    if not paths.dropin.exists():
+        raise HopelessError(
+            f"{paths.k3s_data} has the data of {A[found]}, but there is no {paths.dropin}: it was "
+            "not k3sagentd that started it; move the data aside"
+        )
+    if work.order.action is Action.STEP_DOWN:
+        _check_is_out(work)
+    if ca_hash(paths.k3s_data) is None:
+        raise HopelessError(
+            f"{paths.k3s_data} has the data of {A[found]} of an unknown cluster; move it aside"
+        )
+
+
+def _check_is_out(work: Work) -> None:
+    """Raise MachineError while etcd counts on this server: its member goes before its data.
+
+    Who was removed has no API that answers any more; and without a quorum there is none either.
+    """
+    try:
+        nodes = Kube(work.paths).nodes()
+    except MachineError:
+        return
+    if any(each.node.name == work.order.node_name and each.node.server for each in nodes):
+        raise MachineError(
+            f"{work.order.node_name} is a member of etcd still; its Node must be deleted first"
+        )
+
+
+def change(work: Work) -> Iterator[str]:
+    """Stop K3s in its old role and put that role's data aside."""
+    if is_change(work):
+        yield f"stop K3s as {DATA_OF[datastore(work.paths.k3s_data)]}"
+        work.install.stop()
+        if work.order.role is ServerOrAgent.SERVER:
+            yield "move the agent's data aside"
+            _put_agent_aside(work.paths.k3s_data)
+        else:
+            yield "move the server's data aside"
+            _put_server_aside(work.paths.k3s_data)
+    _restore_images(work.paths.k3s_data)
+
+
+def _put_agent_aside(data: Path) -> None:
+    """All of it but the images: a server's agent part is made anew, with the server's own CA."""
+    images, kept = data / IMAGES, data / KEPT_IMAGES
+    if images.exists() and not kept.exists():
+        move(images, kept)
+    put_aside(data / "agent", "agent.before-server")
+
+
+def _restore_images(data: Path) -> None:
+    images, kept = data / IMAGES, data / KEPT_IMAGES
+    if kept.exists() and not images.exists():
+        images.parent.mkdir(mode=0o700, exist_ok=True)
+        move(kept, images)
+
+
+def _put_server_aside(data: Path) -> None:
+    """With the word of whose data it is, which is the server's: a demoted init node is an agent
+    like any other. Its agent part stays: same cluster, same CA, and the images need not come again.
+    """
+    if (data / MARKER).exists():
+        move(data / MARKER, data / "server" / MARKER)
+    put_aside(data / "server", "server.before-agent")
