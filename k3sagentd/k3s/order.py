@@ -7,22 +7,18 @@ and each field has a form that is checked here.
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import os
+import ipaddress
 import re
-import secrets
-import stat
-from pathlib import Path
-from urllib.parse import urlsplit
+from typing import Any
 
 from k3sagentd import schema
-from k3sagentd.config import VERSION
+from k3sagentd.config import HOST, HOST_LIMIT, VERSION
 from k3sagentd.core.drive import SERVERS_LIMIT
 from k3sagentd.core.k3s import Action, Order, Result
 from k3sagentd.errors import DataError
 from k3sagentd.files import read_bounded, write_atomically
-from k3sagentd.k3s.flags import SHARED
+from k3sagentd.k3s import handed
+from k3sagentd.k3s.flags import SHARED, plain
 from k3sagentd.paths import Paths
 
 ORDER_LIMIT_BYTES = 16 * 1024
@@ -34,7 +30,14 @@ INSTANCE = re.compile(r"[0-9a-f]{0,64}")
 """A run of the daemon, and a node id: hex."""
 MARK = re.compile(r"[0-9a-f]{16}")
 FLAG_VALUE = re.compile(r"[\x20-\x7e]{0,1024}")
+FLAG_TEXT = re.compile(r"(?!-)[\x20-\x7e]{0,1024}")
+"""One value of a flag, which K3s must not take for another option."""
+URL = re.compile(
+    rf"https://(?:(?P<host>{HOST.pattern})|\[(?P<ipv6>[0-9A-Fa-f:.]{{2,45}})\]):(?P<port>[1-9][0-9]{{0,4}})"
+)
+PORT_LIMIT = 65535
 EPOCH_LIMIT = 10**6
+"""Of epochs, generations, attempts."""
 
 
 def write_order(paths: Paths, order: Order) -> None:
@@ -43,50 +46,21 @@ def write_order(paths: Paths, order: Order) -> None:
 
 
 def take_order(paths: Paths) -> Order | None:
-    """For root: take the order away and return it; None where there is none. Raises DataError.
-
-    Taken by its name before it is looked at, whatever it is: a bad order must not start us again
-    and again, and one that comes meanwhile must not be lost.
-    """
-    taken = paths.run / f".taken-{secrets.token_hex(8)}"
-    try:
-        paths.order.rename(taken)
-    except FileNotFoundError:
-        return None
-    try:
-        data = _read(taken)
-    except OSError as error:
-        if error.errno not in (errno.ELOOP, errno.ENXIO):  # a symbolic link; a socket
-            raise
-        data = None
-    finally:
-        with contextlib.suppress(IsADirectoryError):
-            taken.unlink()
+    """For root: take the order away and return it; None where there is none. Raises DataError."""
+    data = handed.take(paths.order, ORDER_LIMIT_BYTES)
     if data is None:
-        raise DataError(f"{paths.order} is no plain file")
-    if len(data) > ORDER_LIMIT_BYTES:
-        raise DataError(f"{paths.order} has more than {ORDER_LIMIT_BYTES} bytes")
+        return None
     order = schema.loads(Order, data)
     check(order)
     return order
 
 
-def _read(taken: Path) -> bytes | None:
-    """Its bytes, one more than the limit at most; None for what is no plain file."""
-    fd = os.open(taken, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
-            return None
-        return os.read(fd, ORDER_LIMIT_BYTES + 1)
-    finally:
-        os.close(fd)
-
-
 def check(order: Order) -> None:
     """Raise DataError where a field has not the form that it must have."""
-    if not 0 <= order.epoch < EPOCH_LIMIT:
-        raise DataError(f"epoch is {order.epoch}")
+    for name in ("epoch", "generation", "attempt"):
+        count = getattr(order, name)
+        if not 0 <= count < EPOCH_LIMIT:
+            raise DataError(f"{name} is {count!r:.80}, not 0 to {EPOCH_LIMIT - 1}")
     if not NAME.fullmatch(order.node_name):
         raise DataError(f"node_name is {order.node_name!r}, not a label of RFC 1123")
     if len(order.servers) > SERVERS_LIMIT:
@@ -105,26 +79,35 @@ def check(order: Order) -> None:
         raise DataError(f"node is {order.node!r:.80}")
     if order.hardware is not None and not MARK.fullmatch(order.hardware):
         raise DataError(f"hardware is {order.hardware!r:.80}")
-    if not 0 <= order.generation < EPOCH_LIMIT:
-        raise DataError(f"generation is {order.generation}")
     for flag, value in order.shared_flags.items():
-        if flag not in SHARED or not FLAG_VALUE.fullmatch(value):
+        if flag not in SHARED or not _is_flag_value(value):
             raise DataError(f"shared flag {flag!r:.40} is {value!r:.80}")
+
+
+def _is_flag_value(canonical: str) -> bool:
+    """Whether K3s may be given what the text stands for: true or false, a text, a list of texts."""
+    if not FLAG_VALUE.fullmatch(canonical):
+        return False
+    try:
+        value: Any = plain(canonical)
+    except (ValueError, RecursionError):
+        return False
+    if isinstance(value, bool):
+        return True
+    texts = value if isinstance(value, list) else [value]
+    return all(isinstance(each, str) and FLAG_TEXT.fullmatch(each) for each in texts)
 
 
 def check_url(url: str) -> None:
     """Raise DataError unless ``url`` is ``https://host:port`` and nothing else."""
-    try:
-        parts = urlsplit(url)
-        port = parts.port
-    except ValueError as error:
-        raise DataError(f"server {url!r:.80}: {error}") from error
-    plain = f"https://{parts.netloc}"
-    host = parts.hostname or ""
-    if url != plain or port is None or not re.fullmatch(r"[0-9A-Za-z.:-]{1,253}", host):
+    match = URL.fullmatch(url)
+    if match is None or len(match["host"] or "") > HOST_LIMIT or int(match["port"]) > PORT_LIMIT:
         raise DataError(f"server is {url!r:.80}, not https://host:port")
-    if "@" in parts.netloc:
-        raise DataError(f"server is {url!r:.80}, with a user in it")
+    if match["ipv6"] is not None:
+        try:
+            ipaddress.IPv6Address(match["ipv6"])
+        except ValueError:
+            raise DataError(f"server is {url!r:.80}, not https://[IPv6 address]:port") from None
 
 
 def write_result(paths: Paths, result: Result) -> None:
