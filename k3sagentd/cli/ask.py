@@ -14,6 +14,7 @@ from k3sagentd.control import ControlClient
 from k3sagentd.errors import TimedOutError, UnavailableError, UsageError
 from k3sagentd.identity import put_aside
 from k3sagentd.paths import Paths
+from k3sagentd.yaml_files import files_of
 
 WATCH_S = 60.0
 RETRY_S = 0.5
@@ -56,8 +57,7 @@ async def status(paths: Paths, *, as_json: bool, watch: bool) -> int:
 def _unconfigured(paths: Paths) -> str | None:
     """Why the daemon was not even started; None where it has what it needs."""
     missing = []
-    dropins = paths.config.with_name(f"{paths.config.name}.d")
-    if not paths.config.exists() and not list(dropins.glob("*.yaml")):
+    if not files_of(paths.config):
         missing.append(f"{paths.config} (with at least nodes: N)")
     if not paths.token.exists():
         missing.append(f"{paths.token} (k3sagentd token create, once; then copy it)")

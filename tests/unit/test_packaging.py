@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from k3sagentd.cli.ask import _unconfigured
 from k3sagentd.cli.main import parser
 from k3sagentd.config import INSTALL_SETTINGS, PREFLIGHT, SETTINGS, load_config
 from k3sagentd.paths import Paths
 from k3sagentd.version import version
+from k3sagentd.yaml_files import SUFFIXES
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPLETIONS = ("k3sagentd", "_k3sagentd", "k3sagentd.fish")
@@ -61,6 +63,22 @@ def test_the_manual_has_every_command_and_every_key() -> None:
         assert f"*install.{setting.key}*" in keys, setting.key
     for check in PREFLIGHT:
         assert f"_{check}_" in keys, check
+
+
+def test_unit_and_commands_know_a_configuration_as_the_loader_does(tmp_path: Path) -> None:
+    unit = (ROOT / "systemd/k3sagentd.service").read_text()
+    globs = re.findall(r"^ConditionPathExistsGlob=\|/etc/k3sagentd/(.+)$", unit, re.MULTILINE)
+    assert {*globs} == {f"config.yaml.d/*{suffix}" for suffix in SUFFIXES}
+    for suffix in SUFFIXES:
+        paths = Paths(tmp_path / suffix)
+        dropin = paths.config.with_name("config.yaml.d") / f"10-site{suffix}"
+        dropin.parent.mkdir(parents=True)
+        dropin.with_suffix(".txt").write_text("nodes: 7\n")
+        paths.token.touch()
+        assert "nodes: N" in str(_unconfigured(paths))
+        dropin.write_text("nodes: 3\n")
+        assert _unconfigured(paths) is None
+        assert load_config(paths).nodes == 3
 
 
 def test_the_version_is_the_packages() -> None:
