@@ -2,6 +2,7 @@
 """The shell: effects in order, the disk before the wire."""
 
 import asyncio
+import email.utils
 import re
 import time
 from pathlib import Path
@@ -16,10 +17,13 @@ from k3sagentd.core.state import Durable, Site
 from k3sagentd.core.words import NodeId, Role
 from k3sagentd.daemon import run as daemon
 from k3sagentd.daemon.engine import Engine
+from k3sagentd.daemon.links import Links
 from k3sagentd.daemon.run import label
 from k3sagentd.errors import MachineError
+from k3sagentd.k3s import clock
 from k3sagentd.k3s.order import NAME
 from k3sagentd.paths import Paths
+from k3sagentd.peer.client import Reply
 
 ROOT = Path(__file__).resolve().parents[2]
 ME, YOU = NodeId("a" * 32), NodeId("b" * 32)
@@ -60,6 +64,25 @@ def test_facts_may_come_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     answers = [None, None, "facts"]
     monkeypatch.setattr(daemon, "read_facts", lambda _: answers.pop(0))
     assert asyncio.run(daemon._facts(Paths(tmp_path))) == "facts"
+
+
+def test_a_peers_clock_is_kept_by_the_clock_that_nobody_sets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject, _ = engine(tmp_path)
+    links = Links(subject, None, 1.0)
+    there_s = 1_800_000_000
+    links._heard_clock(Reply(YOU, {}, email.utils.formatdate(there_s, usegmt=True)))
+    links._heard_clock(Reply(ME, {}, "yesterday"))
+    at_boot_s = there_s - time.monotonic()
+    monkeypatch.setattr(time, "time", lambda: 0.0)
+    assert links.clocks() == {YOU: pytest.approx(at_boot_s, abs=5)}
+    paths = Paths(tmp_path)
+    paths.run.mkdir(parents=True)
+    clock.write(paths, links.clocks())
+    found = clock.read(paths)
+    assert found is not None
+    assert clock.agreed(found, time.monotonic(), there_s - 60.0) == pytest.approx(there_s, abs=5)
 
 
 class Wire:
