@@ -6,6 +6,7 @@ Owns what is allowed. Every error names the file, the key, what was found and wh
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -22,7 +23,11 @@ NODES_LIMIT = 99
 """Voters; a site may have any number of machines once it is sealed."""
 DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)")
 UNITS_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
-VERSION = re.compile(r"v\d+\.\d+\.\d+(-[0-9A-Za-z.]+)?\+k3s\d+")
+VERSION = re.compile(r"v\d{1,4}\.\d{1,4}\.\d{1,4}(-[0-9A-Za-z.]{1,32})?\+k3s\d{1,4}", re.ASCII)
+_LABEL = r"[0-9A-Za-z](?:[0-9A-Za-z-]{0,61}[0-9A-Za-z])?"
+HOST = re.compile(rf"{_LABEL}(?:\.{_LABEL})*")
+"""Labels of RFC 1123, section 2.1; an IPv4 address has that form as well."""
+HOST_LIMIT = 253
 PREFLIGHT = ("foreign", "cgroup", "memory", "disk", "ports", "clock")
 """What is looked at before K3s is installed (``k3s/preflight.py``)."""
 OURS = {
@@ -191,9 +196,18 @@ def _checks(value: Any) -> tuple[str, ...]:
 
 
 def _host(value: Any) -> str:
-    if not isinstance(value, str) or not re.fullmatch(r"[0-9A-Za-z:.-]{1,253}", value):
+    if not isinstance(value, str) or not _is_host(value):
         raise ValueError("an IP address or a host name")
     return value
+
+
+def _is_host(text: str) -> bool:
+    if ":" not in text:
+        return len(text) <= HOST_LIMIT and HOST.fullmatch(text) is not None
+    try:
+        return ipaddress.IPv6Address(text).scope_id is None
+    except ValueError:
+        return False
 
 
 def _seeds(value: Any) -> tuple[str, ...]:

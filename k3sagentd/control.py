@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,7 +12,7 @@ from typing import Any, Protocol
 import aiohttp
 from aiohttp import web
 
-from k3sagentd.errors import K3sagentdError, UnavailableError
+from k3sagentd.errors import K3sagentdError, PermissionDeniedError, UnavailableError
 
 SOCKET_MODE = 0o660
 WAIT_LIMIT_S = 300.0
@@ -99,7 +100,10 @@ def _done(error: str | None) -> web.Response:
 
 
 class ControlClient:
-    """Asks the daemon behind ``path``; raises UnavailableError where there is none."""
+    """Asks the daemon behind ``path``.
+
+    Raises UnavailableError where there is none, PermissionDeniedError where one may not ask.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -134,6 +138,11 @@ class ControlClient:
                 ) as response:
                     answer: dict[str, Any] = await response.json()
             except (aiohttp.ClientError, TimeoutError, OSError) as error:
+                if getattr(error, "errno", None) == errno.EACCES:
+                    raise PermissionDeniedError(
+                        f"{self._path}: permission denied; run it as root, or as a member of the "
+                        "group k3sagentd"
+                    ) from error
                 raise UnavailableError(
                     f"the daemon does not answer at {self._path}; is it running? "
                     "(systemctl status k3sagentd)"

@@ -113,7 +113,7 @@ class Paths:
 
     @property
     def clock(self) -> Path:
-        """From the daemon to root: how far the peers' clocks are from ours."""
+        """From the daemon to root: what the peers' clocks say."""
         return self.run / "clock.json"
 
     @property

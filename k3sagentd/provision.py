@@ -22,10 +22,11 @@ from k3sagentd.config import load_config
 from k3sagentd.errors import ConfigError
 from k3sagentd.files import fsync_directory, read_bounded, write_atomically
 from k3sagentd.paths import Paths
+from k3sagentd.yaml_files import files_of
 
 log = logging.getLogger(__name__)
 
-LIMIT_BYTES = 256 * 1024
+CONFIG_LIMIT_BYTES = 256 * 1024
 NOTE = "k3sagentd-was-here.txt"
 TOKEN, CONFIG = "token", "config.yaml"
 
@@ -59,15 +60,21 @@ def _sources(paths: Paths, credentials: Path | None) -> Iterator[Source]:
 
 def _take(paths: Paths, source: Source) -> Iterator[str]:
     """Do it, yielding what was done and what was not."""
-    if (data := _read(source.config)) is not None and not _has_config(paths):
-        try:
+    if source.boot:
+        yield from _misnamed(source.token.parent)
+    try:
+        data = _read(source.config, CONFIG_LIMIT_BYTES)
+        if data is not None and not files_of(paths.config):
             _check_config(data, source.config)
-        except ConfigError as error:
-            yield f"not taken: {error}"
-        else:
             _write(paths.config, data, 0o644)
             yield f"{source.config} is {paths.config} now"
-    token = _read(source.token)
+    except ConfigError as error:
+        yield f"not taken: {error}"
+    try:
+        token = _read(source.token, site_token.SIZE_LIMIT_BYTES)
+    except ConfigError as error:
+        yield f"not taken: {error}"
+        return
     if token is None:
         return
     if not paths.token.exists():
@@ -88,21 +95,23 @@ def _take(paths: Paths, source: Source) -> Iterator[str]:
         yield f"{source.token} could not be removed; anybody with the card can read it: remove it"
 
 
-def _has_config(paths: Paths) -> bool:
-    dropins = paths.config.with_name(f"{paths.config.name}.d")
-    return paths.config.exists() or any(
-        path.suffix in (".yaml", ".yml") for path in (dropins.iterdir() if dropins.is_dir() else ())
-    )
+def _misnamed(directory: Path) -> Iterator[str]:
+    """What a person, or Windows with its hidden endings, meant for us and called otherwise."""
+    for path in sorted(directory.iterdir()):
+        for meant in (TOKEN, CONFIG):
+            stem = meant.partition(".")[0]
+            if path.name.lower().split(".")[0] == stem and path.name not in (TOKEN, CONFIG):
+                yield f"{path} was not looked at: rename it to {meant}, or remove it"
 
 
-def _read(path: Path) -> bytes | None:
+def _read(path: Path, limit_bytes: int) -> bytes | None:
+    """None where there is nothing; raises ConfigError."""
     try:
-        return read_bounded(path, LIMIT_BYTES)
+        return read_bounded(path, limit_bytes)
     except FileNotFoundError:
         return None
     except OSError as error:
-        log.warning("%s cannot be read: %s", path, error.strerror)
-        return None
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def _check_config(data: bytes, source: Path) -> None:
@@ -138,5 +147,8 @@ def _wipe(path: Path) -> bool:
 
 
 def _leave_note(directory: Path, notes: list[str]) -> None:
+    note, text = directory / NOTE, "\r\n".join([*notes, ""]).encode()
     with contextlib.suppress(OSError):  # a note is not worth a failure
-        write_atomically(directory / NOTE, ("\r\n".join([*notes, ""])).encode(), mode=0o755)
+        if note.exists() and note.read_bytes() == text:
+            return  # the same at every boot: a card wears out
+        write_atomically(note, text, mode=0o755)

@@ -3,7 +3,8 @@
 
 A dataclass is an object whose keys are its fields in snake_case; a union of dataclasses carries
 ``"type"`` with the class name. Unknown keys, missing keys and wrong types raise DataError with
-the path of the offending value; nothing is coerced.
+the path of the offending value; nothing is coerced. What stands in the text is shown by its
+repr and cut, so that it can forge no line of a log.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ def from_plain(kind: Any, plain: Any, where: str = "") -> Any:
     if origin is typing.Literal:
         if plain in typing.get_args(kind):
             return plain
-        raise DataError(f"{where or 'value'} is {plain!r}, not one of {typing.get_args(kind)}")
+        allowed = typing.get_args(kind)
+        raise DataError(f"{where or 'value'} is {_short(plain)}, not one of {allowed}")
     if origin is tuple:
         item = typing.get_args(kind)[0]
         _expect(isinstance(plain, list), where, plain, "a list")
@@ -66,7 +68,7 @@ def from_plain(kind: Any, plain: Any, where: str = "") -> Any:
         key_kind, item_kind = typing.get_args(kind)
         _expect(isinstance(plain, dict), where, plain, "an object")
         return {
-            from_plain(key_kind, key, where): from_plain(item_kind, each, f"{where}.{key}")
+            from_plain(key_kind, key, where): from_plain(item_kind, each, f"{where}[{_short(key)}]")
             for key, each in plain.items()
         }
     if dataclasses.is_dataclass(kind):
@@ -80,10 +82,15 @@ def _scalar(kind: Any, plain: Any, where: str) -> Any:
             return kind(plain)
         except ValueError:
             allowed = ", ".join(str(member.value) for member in kind)
-            raise DataError(f"{where or 'value'} is {plain!r}, not one of {allowed}") from None
+            raise DataError(
+                f"{where or 'value'} is {_short(plain)}, not one of {allowed}"
+            ) from None
     if kind is float:
         _expect(type(plain) in (int, float), where, plain, "a number")
-        return float(plain)
+        try:
+            return float(plain)
+        except OverflowError:
+            raise DataError(f"{where or 'value'} is {_short(plain)}, not a number") from None
     if isinstance(kind, typing.NewType):
         return from_plain(kind.__supertype__, plain, where)
     _expect(type(plain) is kind, where, plain, str(getattr(kind, "__name__", kind)))
@@ -107,7 +114,10 @@ def _expect(ok: bool, where: str, found: Any, wanted: str) -> None:
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except RecursionError:
+        return type(value).__name__
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -137,10 +147,10 @@ def _dataclass(kind: Any, plain: Any, where: str) -> Any:
     fields = {f.name: f for f in dataclasses.fields(kind)}
     prefix = f"{where}." if where else ""
     if plain.get("type", kind.__name__) != kind.__name__:
-        raise DataError(f"{prefix}type is {plain['type']!r}, not {kind.__name__!r}")
+        raise DataError(f"{prefix}type is {_short(plain['type'])}, not {kind.__name__!r}")
     unknown = plain.keys() - fields.keys() - {"type"}
     if unknown:
-        raise DataError(f"unknown key {prefix}{sorted(unknown)[0]} in {kind.__name__}")
+        raise DataError(f"unknown key {_short(sorted(unknown)[0])} in {where or kind.__name__}")
     values = {}
     for name, field in fields.items():
         if name in plain:

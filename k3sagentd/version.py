@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The version, which stands in one place: the first line of ``debian/changelog``."""
+"""Version and date, which stand in one place: the newest entry of ``debian/changelog``."""
 
 from __future__ import annotations
 
+import email.utils
 import re
 from pathlib import Path
 
 CHANGELOG = Path(__file__).resolve().parents[1] / "debian/changelog"
+BUILT = Path(__file__).with_name("built")
+"""In the package: the date as seconds since 1970. A file's own time may say anything: some
+images set all of them to 0."""
 
 
 def from_changelog() -> str:
@@ -26,3 +30,13 @@ def version() -> str:
         from importlib.metadata import version as installed
 
         return installed("k3sagentd")
+
+
+def built_s() -> float:
+    """When what runs was made, in seconds since 1970. Raises OSError, ValueError where unknown."""
+    if not CHANGELOG.exists():
+        return float(BUILT.read_text())
+    match = re.search(r"^ -- .*>  (.+)$", CHANGELOG.read_text(), re.MULTILINE)
+    if match is None:
+        raise ValueError(f"{CHANGELOG}: its newest entry has no date")
+    return email.utils.parsedate_to_datetime(match[1]).timestamp()

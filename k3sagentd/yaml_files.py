@@ -17,6 +17,8 @@ from k3sagentd.errors import ConfigError
 from k3sagentd.files import read_bounded
 
 SIZE_LIMIT_BYTES = 1024 * 1024
+SUFFIXES = (".yaml", ".yml")
+"""Of drop-ins; the conditions of ``k3sagentd.service`` name the same."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -61,15 +63,21 @@ class Merged:
         return Merged(inner, {name: self.file_of(key) for name in inner}, self.files)
 
 
+def files_of(base: Path) -> list[Path]:
+    """``base``, where it is there, and its drop-ins, in the order in which they are read."""
+    directory = base.with_name(f"{base.name}.d")
+    inside = directory.iterdir() if directory.is_dir() else ()
+    return [
+        *([base] if base.exists() else []),
+        *sorted(file for file in inside if file.suffix in SUFFIXES),
+    ]
+
+
 def merge(base: Path, *, without: Path | None = None) -> Merged:
     """Read and merge ``base`` and its drop-ins, but ``without`` one; raises ConfigError."""
     values: dict[str, Any] = {}
     origins: dict[str, Path] = {}
-    files = [base] if base.exists() else []
-    directory = base.with_name(base.name + ".d")
-    if directory.is_dir():
-        files += sorted(f for f in directory.iterdir() if f.suffix in (".yaml", ".yml"))
-        files = [file for file in files if file != without]
+    files = [file for file in files_of(base) if file != without]
     for file in files:
         for key, value in load(file).items():
             name = key.removesuffix("+")

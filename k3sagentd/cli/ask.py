@@ -13,6 +13,7 @@ from typing import Any
 from k3sagentd.control import ControlClient
 from k3sagentd.errors import TimedOutError, UnavailableError
 from k3sagentd.paths import Paths
+from k3sagentd.yaml_files import files_of
 
 WATCH_S = 60.0
 RETRY_S = 0.5
@@ -57,8 +58,7 @@ def _unconfigured(paths: Paths) -> str | None:
     if paths.left.exists():
         return f"the daemon does not run: {paths.left.read_text().strip()}"
     missing = []
-    dropins = paths.config.with_name(f"{paths.config.name}.d")
-    if not paths.config.exists() and not list(dropins.glob("*.yaml")):
+    if not files_of(paths.config):
         missing.append(f"{paths.config} (with at least nodes: N)")
     if not paths.token.exists():
         missing.append(f"{paths.token} (k3sagentd token create, once; then copy it)")

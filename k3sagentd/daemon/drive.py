@@ -41,7 +41,7 @@ class Drive:
         self._clocks = clocks
         self._wake = asyncio.Event()
         self._orders = 0
-        self._told: Set[str] = frozenset()
+        self._told: Set[tuple[str, float]] = frozenset()
 
     def order(self, order: Order) -> None:
         """Write an order; a disk of memory that takes nothing is retried with the next attempt."""
@@ -86,8 +86,8 @@ class Drive:
 
     async def _look_for_result(self) -> None:
         try:
-            if (clocks := self._clocks()).keys() != self._told:
-                self._told = clocks.keys()
+            if (clocks := self._clocks()).items() != self._told:
+                self._told = clocks.items()
                 clock.write(self._paths, clocks)
             result = read_result(self._paths)
         except (DataError, OSError) as error:

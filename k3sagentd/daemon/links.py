@@ -83,12 +83,10 @@ class Links:
             self.sighted(target, Source.CALLER)
 
     def clocks(self) -> dict[str, float]:
-        """By node: how many seconds its clock is ahead of ours."""
-        here_s = time.time() - time.monotonic()
-        return {peer: there_s - here_s for peer, there_s in self._clocks.items()}
+        """By node: its clock less CLOCK_MONOTONIC here, for our own clock may be set meanwhile."""
+        return {str(peer): at_boot_s for peer, at_boot_s in self._clocks.items()}
 
     def _heard_clock(self, reply: Reply) -> None:
-        """Kept against the monotonic clock: ours may be set meanwhile."""
         try:
             there = email.utils.parsedate_to_datetime(reply.date or "")
         except ValueError:

@@ -32,6 +32,7 @@ from k3sagentd.daemon.links import Links, Receiver
 from k3sagentd.discovery import addresses, seeds
 from k3sagentd.discovery.mdns import Mdns
 from k3sagentd.discovery.table import Source
+from k3sagentd.errors import MachineError
 from k3sagentd.hardware import Hardware, mark_of
 from k3sagentd.identity import Identity, load_or_create
 from k3sagentd.k3s.facts import MachineFacts, read_facts
@@ -45,6 +46,8 @@ log = logging.getLogger(__name__)
 
 FACTS_POLL_S = 0.5
 LEAVE_LOOK_S = 5.0
+FACTS_LIMIT_S = 30.0
+"""Well within the unit's WatchdogSec=; the unit's next start looks at the machine anew."""
 ANNOUNCE_DELAY_S = 0.05
 """Changes of one's own that come together are told together."""
 
@@ -271,13 +274,22 @@ async def _watchdog() -> None:
 
 
 async def _facts(paths: Paths) -> MachineFacts:
-    """Wait until root has looked at this machine: the identity hangs on the hardware."""
+    """Wait until root has looked at this machine: the identity hangs on the hardware.
+
+    Raises MachineError.
+    """
+    deadline_s = time.monotonic() + FACTS_LIMIT_S
     said = False
     while (found := read_facts(paths)) is None:
         if not said:
             log.info("waiting for the facts about this machine (%s)", paths.facts)
             systemd.notify(READY=1, STATUS="waiting for the facts about this machine")
             said = True
+        if time.monotonic() >= deadline_s:
+            raise MachineError(
+                f"{paths.facts} is not there after {FACTS_LIMIT_S:.0f} s; k3sagentd facts, run as "
+                "root, writes it or says why it cannot"
+            )
         await asyncio.sleep(FACTS_POLL_S)
     return found
 

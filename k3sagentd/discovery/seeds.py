@@ -16,6 +16,7 @@ RETRY_S = 5.0
 RETRY_LIMIT_S = 60.0
 REFRESH_S = 600.0
 ADDRESSES_PER_SEED_LIMIT = 32
+HINT = "a name server with a public address is barred by the unit's IPAddressAllow=, k3sagentd(1)"
 
 
 def split(seed: str, default_port: int) -> tuple[str, int]:
@@ -48,7 +49,7 @@ async def follow(seed: str, default_port: int, on_target: Callable[[Target], Non
             found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         except OSError as error:
             if pause_s == RETRY_S:
-                log.warning("seed %s cannot be resolved: %s", seed, error.strerror)
+                log.warning("seed %s cannot be resolved: %s; %s", seed, error.strerror, HINT)
             await asyncio.sleep(pause_s)
             pause_s = min(RETRY_LIMIT_S, pause_s * 2)
             continue

@@ -12,6 +12,9 @@ from pathlib import Path
 
 from k3sagentd.errors import DataError
 
+NO_FILE = (errno.ELOOP, errno.ENXIO, errno.ENOENT)
+"""A symbolic link; a socket; a name that its directory's owner removed again meanwhile."""
+
 
 def take(path: Path, limit_bytes: int) -> bytes | None:
     """Take the file away and return its bytes; None where there is none. Raises DataError.
@@ -27,12 +30,12 @@ def take(path: Path, limit_bytes: int) -> bytes | None:
     try:
         data = _read(taken, limit_bytes)
     except OSError as error:
-        if error.errno not in (errno.ELOOP, errno.ENXIO):  # a symbolic link; a socket
+        if error.errno not in NO_FILE:
             raise
         data = None
     finally:
         with contextlib.suppress(IsADirectoryError):
-            taken.unlink()
+            taken.unlink(missing_ok=True)
     if data is None:
         raise DataError(f"{path} is no plain file")
     if len(data) > limit_bytes:

@@ -7,17 +7,18 @@ and each field has a form that is checked here.
 
 from __future__ import annotations
 
+import ipaddress
 import re
-from urllib.parse import urlsplit
+from typing import Any
 
 from k3sagentd import schema
-from k3sagentd.config import VERSION
+from k3sagentd.config import HOST, HOST_LIMIT, VERSION
 from k3sagentd.core.k3s import Action, Order, Result
 from k3sagentd.core.registration import SERVERS_LIMIT
 from k3sagentd.errors import DataError
 from k3sagentd.files import read_bounded, write_atomically
 from k3sagentd.k3s import handed
-from k3sagentd.k3s.flags import SHARED
+from k3sagentd.k3s.flags import SHARED, plain
 from k3sagentd.paths import Paths
 
 ORDER_LIMIT_BYTES = 16 * 1024
@@ -32,7 +33,14 @@ INSTANCE = re.compile(r"[0-9a-f]{0,64}")
 """A run of the daemon, and a node id: hex."""
 MARK = re.compile(r"[0-9a-f]{16}")
 FLAG_VALUE = re.compile(r"[\x20-\x7e]{0,1024}")
+FLAG_TEXT = re.compile(r"(?!-)[\x20-\x7e]{0,1024}")
+"""One value of a flag, which K3s must not take for another option."""
+URL = re.compile(
+    rf"https://(?:(?P<host>{HOST.pattern})|\[(?P<ipv6>[0-9A-Fa-f:.]{{2,45}})\]):(?P<port>[1-9][0-9]{{0,4}})"
+)
+PORT_LIMIT = 65535
 EPOCH_LIMIT = 10**6
+"""Of epochs, generations, attempts."""
 
 
 def write_order(paths: Paths, order: Order) -> None:
@@ -52,8 +60,10 @@ def take_order(paths: Paths) -> Order | None:
 
 def check(order: Order) -> None:
     """Raise DataError where a field has not the form that it must have."""
-    if not 0 <= order.epoch < EPOCH_LIMIT:
-        raise DataError(f"epoch is {order.epoch}")
+    for name in ("epoch", "generation", "attempt"):
+        count = getattr(order, name)
+        if not 0 <= count < EPOCH_LIMIT:
+            raise DataError(f"{name} is {count!r:.80}, not 0 to {EPOCH_LIMIT - 1}")
     if len(order.node_name) > NAME_LIMIT or not NAME.fullmatch(order.node_name):
         raise DataError(f"node_name is {order.node_name!r:.80}, not labels of RFC 1123")
     if len(order.servers) > SERVERS_LIMIT:
@@ -72,26 +82,35 @@ def check(order: Order) -> None:
         raise DataError(f"node is {order.node!r:.80}")
     if order.hardware is not None and not MARK.fullmatch(order.hardware):
         raise DataError(f"hardware is {order.hardware!r:.80}")
-    if not 0 <= order.generation < EPOCH_LIMIT:
-        raise DataError(f"generation is {order.generation}")
     for flag, value in order.shared_flags.items():
-        if flag not in SHARED or not FLAG_VALUE.fullmatch(value):
+        if flag not in SHARED or not _is_flag_value(value):
             raise DataError(f"shared flag {flag!r:.40} is {value!r:.80}")
+
+
+def _is_flag_value(canonical: str) -> bool:
+    """Whether K3s may be given what the text stands for: true or false, a text, a list of texts."""
+    if not FLAG_VALUE.fullmatch(canonical):
+        return False
+    try:
+        value: Any = plain(canonical)
+    except (ValueError, RecursionError):
+        return False
+    if isinstance(value, bool):
+        return True
+    texts = value if isinstance(value, list) else [value]
+    return all(isinstance(each, str) and FLAG_TEXT.fullmatch(each) for each in texts)
 
 
 def check_url(url: str) -> None:
     """Raise DataError unless ``url`` is ``https://host:port`` and nothing else."""
-    try:
-        parts = urlsplit(url)
-        port = parts.port
-    except ValueError as error:
-        raise DataError(f"server {url!r:.80}: {error}") from error
-    plain = f"https://{parts.netloc}"
-    host = parts.hostname or ""
-    if url != plain or port is None or not re.fullmatch(r"[0-9A-Za-z.:-]{1,253}", host):
+    match = URL.fullmatch(url)
+    if match is None or len(match["host"] or "") > HOST_LIMIT or int(match["port"]) > PORT_LIMIT:
         raise DataError(f"server is {url!r:.80}, not https://host:port")
-    if "@" in parts.netloc:
-        raise DataError(f"server is {url!r:.80}, with a user in it")
+    if match["ipv6"] is not None:
+        try:
+            ipaddress.IPv6Address(match["ipv6"])
+        except ValueError:
+            raise DataError(f"server is {url!r:.80}, not https://[IPv6 address]:port") from None
 
 
 def write_result(paths: Paths, result: Result) -> None:

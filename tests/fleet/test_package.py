@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from k3sagentd import provision, site_token
 from tests.fleet import base
 from tests.fleet.conftest import CONFIG, RELEASES, Fleet
 from tests.fleet.machine import Machine
@@ -18,6 +19,14 @@ K3S = (
     "/etc/rancher/k3s/k3sagentd-token",
     "/var/lib/rancher/k3s/server/db/etcd/member/wal",
 )
+SLOW = "#!/bin/sh\necho $$ >/run/slow\nexec sleep 3600\n"
+"""An install script that takes its time."""
+STARTS = """[Service]
+ExecStart=sleep infinity
+[Install]
+WantedBy=multi-user.target
+"""
+"""In K3s's place."""
 ALONE = CONFIG | {
     "nodes": 1,
     # Nobody sets this machine's clock, and it has no peers: it would wait two minutes for them.
@@ -89,6 +98,26 @@ def test_units_are_valid_and_tight(machine: Machine) -> None:
     machine.run(*security, "--threshold=15", f"{units}-provision.service")
 
 
+def test_what_others_may_not_see(machine: Machine) -> None:
+    """The facts have DMI's UUID; who may not ask the daemon is told so."""
+    other = ("runuser", "-u", "nobody", "--")
+    assert "Permission denied" in machine.run(
+        *other, "cat", "/run/k3sagentd/facts.json", check=False
+    )
+    machine.run("runuser", "-u", "k3sagentd", "--", "cat", "/run/k3sagentd/facts.json")
+    said = machine.run(*other, "sh", "-c", "k3sagentd status; echo $?", check=False)
+    assert "control.sock: permission denied; run it as root" in said
+    assert said.endswith("\n77\n")
+
+
+def test_the_package_knows_its_date(machine: Machine) -> None:
+    """What no true clock is behind of; not by a file's own time."""
+    look = "from k3sagentd import version; print(version.CHANGELOG.exists(), version.built_s())"
+    changelog = ("dpkg-parsechangelog", "--show-field", "Timestamp")
+    dated = subprocess.run(changelog, cwd=base.ROOT, check=True, capture_output=True, text=True)
+    assert machine.run("python3", "-c", look).split() == ["False", f"{int(dated.stdout)}.0"]
+
+
 def test_an_upgrade_keeps_state_and_leaves_k3s_alone(fleet: Fleet, machine: Machine) -> None:
     mine = "# mine\n"
     machine.put_now("/etc/k3sagentd/config.yaml.d/README", mine)
@@ -117,6 +146,63 @@ def test_remove_and_purge_leave_k3s_and_its_data(machine: Machine) -> None:
     for path in K3S:
         machine.run("ls", "-d", path)
     assert machine.run("systemctl", "show", "-P", "MainPID", "k3s") == pid
+    machine.assert_healthy()
+
+
+def test_a_card_is_read_at_install_and_remove_stops_roots_part_half_way(fleet: Fleet) -> None:
+    """As cloud-init does on a Raspberry Pi: the package comes last."""
+    machine = fleet.add(RELEASES[0], baked=False)
+    config = ALONE | {"install": {"script": "/root/slow"}}
+    machine.put("root/slow", SLOW, 0o755)
+    machine.put("boot/firmware/k3sagentd/config.yaml", yaml.safe_dump(config))
+    machine.put("boot/firmware/k3sagentd/token", site_token.generate())
+    machine.on()
+    machine.booted()
+    machine.run("sh", "-c", "apt-get update -q && apt-get install -q -y k3sagentd")
+    assert machine.run("ls", "/boot/firmware/k3sagentd").split() == ["config.yaml", provision.NOTE]
+    machine.run(
+        "sh", "-c", "for i in $(seq 300); do [ -s /run/slow ] && exit; sleep 0.2; done; exit 1"
+    )
+    assert state(machine, "k3sagentd-apply.service") == "activating"
+    root_pid = machine.run("cat", "/run/slow").strip()
+    machine.run("ls", "-d", f"/proc/{root_pid}")
+    for name in ("order.json", "errand.json"):
+        machine.put_now(f"/run/k3sagentd/{name}", "{}")
+    machine.run("apt-get", "remove", "-q", "-y", "k3sagentd")
+    for unit in ("k3sagentd", "k3sagentd-apply.path", "k3sagentd-apply.service"):
+        assert state(machine, unit) == "inactive", unit
+    assert "cannot access" in machine.run("ls", "-d", f"/proc/{root_pid}", check=False)
+    left = machine.run("ls", "/run/k3sagentd").split()
+    assert not {"order.json", "errand.json"} & {*left}
+    machine.assert_healthy()
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_at_boot_k3s_starts_after_the_daemon_and_without_it(fleet: Fleet, release: str) -> None:
+    machine = fleet.add(release)
+    fleet.configure(machine)
+    units = machine.disk / "etc/systemd/system"
+    for unit in ("k3s.service", "k3s-agent.service"):
+        machine.put(f"etc/systemd/system/{unit}", STARTS)
+        wanted = units / "multi-user.target.wants" / unit
+        wanted.parent.mkdir(exist_ok=True)
+        wanted.symlink_to(f"/etc/systemd/system/{unit}")
+    (units / "k3sagentd.service").symlink_to("/dev/null")
+    machine.on()
+    machine.booted()
+    assert machine.run("systemctl", "show", "-P", "LoadState", "k3sagentd").strip() == "masked"
+    for unit in ("k3s", "k3s-agent"):
+        assert state(machine, unit) == "active", unit
+    machine.assert_healthy()
+    machine.cut()
+    (units / "k3sagentd.service").unlink()
+    machine.on()
+    machine.booted()
+    ready = ("systemctl", "show", "-P", "ActiveEnterTimestampMonotonic")
+    began = ("systemctl", "show", "-P", "InactiveExitTimestampMonotonic")
+    for unit in ("k3s", "k3s-agent"):
+        assert state(machine, unit) == "active", unit
+        assert 0 < int(machine.run(*ready, "k3sagentd")) <= int(machine.run(*began, unit))
     machine.assert_healthy()
 
 

@@ -2,6 +2,8 @@
 """The shell: effects in order, the disk before the wire."""
 
 import asyncio
+import email.utils
+import re
 import time
 from pathlib import Path
 
@@ -13,10 +15,17 @@ from k3sagentd.core.effects import Persist, Report, Send
 from k3sagentd.core.messages import Fetch
 from k3sagentd.core.state import Durable, Site
 from k3sagentd.core.words import NodeId, Role
+from k3sagentd.daemon import run as daemon
 from k3sagentd.daemon.engine import Engine
+from k3sagentd.daemon.links import Links
 from k3sagentd.daemon.run import label
+from k3sagentd.errors import MachineError
+from k3sagentd.k3s import clock
 from k3sagentd.k3s.order import NAME
+from k3sagentd.paths import Paths
+from k3sagentd.peer.client import Reply
 
+ROOT = Path(__file__).resolve().parents[2]
 ME, YOU = NodeId("a" * 32), NodeId("b" * 32)
 
 
@@ -33,6 +42,47 @@ ME, YOU = NodeId("a" * 32), NodeId("b" * 32)
 def test_any_hostname_becomes_a_label(hostname: str, wanted: str) -> None:
     assert label(hostname) == wanted
     assert NAME.fullmatch(wanted)
+
+
+def test_facts_that_do_not_come_end_the_run_before_the_watchdog_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unit = (ROOT / "systemd/k3sagentd.service").read_text()
+    watchdog = re.search(r"^WatchdogSec=(\d+)s$", unit, re.MULTILINE)
+    assert watchdog is not None
+    assert int(watchdog[1]) >= 2 * daemon.FACTS_LIMIT_S
+    assert "ExecStartPre=-+/usr/bin/k3sagentd facts" in unit, "what the next start is for"
+    assert MachineError.exit_code != 78, "with which the unit would not start again"
+    monkeypatch.setattr(daemon, "FACTS_LIMIT_S", 0.05)
+    monkeypatch.setattr(daemon, "FACTS_POLL_S", 0.01)
+    with pytest.raises(MachineError, match=r"facts.json is not there .* k3sagentd facts"):
+        asyncio.run(daemon._facts(Paths(tmp_path)))
+
+
+def test_facts_may_come_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(daemon, "FACTS_POLL_S", 0.01)
+    answers = [None, None, "facts"]
+    monkeypatch.setattr(daemon, "read_facts", lambda _: answers.pop(0))
+    assert asyncio.run(daemon._facts(Paths(tmp_path))) == "facts"
+
+
+def test_a_peers_clock_is_kept_by_the_clock_that_nobody_sets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject, _ = engine(tmp_path)
+    links = Links(subject, None, 1.0)
+    there_s = 1_800_000_000
+    links._heard_clock(Reply(YOU, {}, email.utils.formatdate(there_s, usegmt=True)))
+    links._heard_clock(Reply(ME, {}, "yesterday"))
+    at_boot_s = there_s - time.monotonic()
+    monkeypatch.setattr(time, "time", lambda: 0.0)
+    assert links.clocks() == {YOU: pytest.approx(at_boot_s, abs=5)}
+    paths = Paths(tmp_path)
+    paths.run.mkdir(parents=True)
+    clock.write(paths, links.clocks())
+    found = clock.read(paths)
+    assert found is not None
+    assert clock.agreed(found, time.monotonic(), there_s - 60.0) == pytest.approx(there_s, abs=5)
 
 
 class Wire:

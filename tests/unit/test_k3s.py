@@ -213,7 +213,7 @@ def test_a_sqlite_cluster_is_not_dragged_into_another(paths: Paths) -> None:
 
 
 def test_a_missing_binary_is_tried_again_later(paths: Paths) -> None:
-    configure(paths, "install: {method: exec, binary: /nowhere/k3s}\n")
+    configure(paths, "install: {method: exec, binary: /nowhere/k3s}\nignore-preflight: [clock]\n")
     prepare = replace(JOIN, action=Action.PREPARE)
     write_order(paths, prepare)
     assert apply(paths) == os.EX_TEMPFAIL

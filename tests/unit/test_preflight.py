@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is looked at before K3s is installed: each check, its message, and what it does not mind."""
 
+import email.utils
 import socket
 from pathlib import Path
 
 import pytest
 
+from k3sagentd import version
 from k3sagentd.config import Config, load_config
 from k3sagentd.core.k3s import ServerOrAgent
 from k3sagentd.errors import HopelessError, MachineError
 from k3sagentd.k3s import clock, preflight
 from k3sagentd.paths import Paths
 
+ROOT = Path(__file__).resolve().parents[2]
 SERVER, AGENT = ServerOrAgent.SERVER, ServerOrAgent.AGENT
 
 
@@ -159,12 +162,18 @@ DAY_S = 86400.0
 class FakeClock(clock.Clock):
     """A clock that a test moves."""
 
-    def __init__(self, now_s: float, *, synchronised: bool = False, rtc: bool = False) -> None:
+    def __init__(
+        self, now_s: float, *, synchronised: bool = False, rtcs_s: tuple[float, ...] = ()
+    ) -> None:
         self.time_s, self.waits, self.was_set_to_s = now_s, 0, None
-        self._synchronised, self._rtc = synchronised, rtc
+        self.up_s = 100.0
+        self._synchronised, self._rtcs_s = synchronised, rtcs_s
 
     def now_s(self) -> float:
         return self.time_s
+
+    def monotonic_s(self) -> float:
+        return self.up_s
 
     def built_s(self) -> float:
         return BUILT_S
@@ -172,8 +181,8 @@ class FakeClock(clock.Clock):
     def synchronised(self) -> bool:
         return self._synchronised
 
-    def has_rtc(self) -> bool:
-        return self._rtc
+    def rtcs_s(self) -> list[float]:
+        return list(self._rtcs_s)
 
     def set(self, to_s: float) -> None:
         self.was_set_to_s = self.time_s = to_s
@@ -181,13 +190,20 @@ class FakeClock(clock.Clock):
     def sleep(self) -> None:
         self.waits += 1
         self.time_s += 1
+        self.up_s += 1
+
+
+def told(paths: Paths, subject: FakeClock, *clocks_s: float) -> None:
+    """The daemon heard peers whose clocks say this now."""
+    clock.write(paths, {str(i): each - subject.up_s for i, each in enumerate(clocks_s)})
 
 
 @pytest.mark.parametrize(
     "good",
     [
         FakeClock(BUILT_S + DAY_S, synchronised=True),
-        FakeClock(BUILT_S + DAY_S, rtc=True),
+        FakeClock(BUILT_S + DAY_S, rtcs_s=(BUILT_S + DAY_S + 1,)),
+        FakeClock(BUILT_S + DAY_S, rtcs_s=(50.0, BUILT_S + DAY_S - 1)),
     ],
 )
 def test_a_clock_that_is_kept_is_not_waited_for(paths: Paths, good: FakeClock) -> None:
@@ -195,9 +211,17 @@ def test_a_clock_that_is_kept_is_not_waited_for(paths: Paths, good: FakeClock) -
     assert good.was_set_to_s is None
 
 
+def test_an_rtc_without_a_battery_keeps_nothing(paths: Paths) -> None:
+    """Every Raspberry Pi 5 has an RTC: the system's clock is another, of the last shutdown."""
+    subject = FakeClock(BUILT_S + DAY_S, rtcs_s=(50.0,))
+    told(paths, subject, *[BUILT_S + 30 * DAY_S] * 2)
+    assert list(clock.settle(paths, subject)) == []
+    assert subject.was_set_to_s == BUILT_S + 30 * DAY_S
+
+
 def test_certificates_are_not_made_in_1970(paths: Paths) -> None:
-    for rtc in (False, True):  # an RTC without a battery
-        subject = FakeClock(100.0, rtc=rtc)
+    for rtcs_s in ((), (100.0,)):
+        subject = FakeClock(100.0, rtcs_s=rtcs_s)
         with pytest.raises(MachineError, match="says 1970-01-01, before k3sagentd was built"):
             list(clock.settle(paths, subject))
         assert subject.waits == clock.WAIT_S
@@ -213,28 +237,70 @@ def test_the_time_server_may_come_late(paths: Paths) -> None:
 
 def test_offline_the_median_of_the_peers_is_taken(paths: Paths) -> None:
     subject = FakeClock(100.0)
-    ahead_s = BUILT_S + 30 * DAY_S
-    clock.write(paths, {"a": ahead_s, "b": ahead_s + 5, "c": -50.0})
+    there_s = BUILT_S + 30 * DAY_S
+    told(paths, subject, there_s, there_s + 5, 50.0)
     assert list(clock.settle(paths, subject)) == []
-    assert subject.was_set_to_s == pytest.approx(BUILT_S + 30 * DAY_S + 100)
+    assert subject.was_set_to_s == there_s + 5, "a time that a peer has"
 
 
-def test_peers_that_agree_are_enough(paths: Paths) -> None:
-    subject = FakeClock(BUILT_S + DAY_S)
-    clock.write(paths, {"a": 3.0, "b": -2.0})
+def test_a_step_of_the_clock_meanwhile_is_not_made_twice(paths: Paths) -> None:
+    """The file was written before; since then a time server, or we, set the clock."""
+    subject = FakeClock(100.0)
+    told(paths, subject, *[BUILT_S + DAY_S] * 3)
+    subject.time_s = BUILT_S + DAY_S + 20
+    subject.up_s += 20
     assert list(clock.settle(paths, subject)) == []
     assert subject.was_set_to_s is None
 
 
-def test_peers_do_not_set_the_clock_back_nor_before_the_build(paths: Paths) -> None:
-    subject = FakeClock(BUILT_S + 40 * DAY_S)
-    clock.write(paths, {"a": -20 * DAY_S})
+def test_peers_that_agree_are_enough(paths: Paths) -> None:
+    subject = FakeClock(BUILT_S + DAY_S)
+    told(paths, subject, BUILT_S + DAY_S + 3, BUILT_S + DAY_S - 2)
     assert list(clock.settle(paths, subject)) == []
+    assert subject.was_set_to_s is None
+
+
+@pytest.mark.parametrize(
+    "ahead_s",
+    [
+        (DAY_S, 9 * DAY_S),  # they disagree
+        (DAY_S, 9 * DAY_S, 99 * DAY_S),
+        (DAY_S, -BUILT_S, -BUILT_S),  # two of them are in 1970
+        (DAY_S, DAY_S, -BUILT_S, -BUILT_S),  # half is not more than half
+        (clock.FUTURE_LIMIT_S + DAY_S,) * 3,
+        (clock.LONE_LIMIT_S + DAY_S,),  # one alone, and far ahead
+        (-DAY_S,) * 3,  # no clock is behind the build
+        (-BUILT_S + 100,) * 3,
+    ],
+)
+def test_peers_that_cannot_be_right_set_no_clock(paths: Paths, ahead_s: tuple[float, ...]) -> None:
     subject = FakeClock(100.0)
-    for far_s in (DAY_S, BUILT_S + 2 * clock.FUTURE_LIMIT_S):
-        clock.write(paths, {"a": far_s})
-        with pytest.raises(MachineError):
-            list(clock.settle(paths, subject))
+    told(paths, subject, *(BUILT_S + each for each in ahead_s))
+    with pytest.raises(MachineError):
+        list(clock.settle(paths, subject))
+    assert subject.was_set_to_s is None
+
+
+@pytest.mark.parametrize(
+    "ahead_s",
+    [
+        (DAY_S,),
+        (DAY_S, DAY_S + 50, 9 * DAY_S),
+        (clock.FUTURE_LIMIT_S - DAY_S,) * 2,
+    ],
+)
+def test_most_peers_are_enough(paths: Paths, ahead_s: tuple[float, ...]) -> None:
+    subject = FakeClock(100.0)
+    told(paths, subject, *(BUILT_S + each for each in ahead_s))
+    assert list(clock.settle(paths, subject)) == []
+    assert subject.was_set_to_s in [BUILT_S + each for each in ahead_s]
+
+
+def test_peers_do_not_set_the_clock_back(paths: Paths) -> None:
+    """A time server may; until then nobody knows which is right."""
+    subject = FakeClock(BUILT_S + 40 * DAY_S)
+    told(paths, subject, *[BUILT_S + 20 * DAY_S] * 3)
+    assert len(list(clock.settle(paths, subject))) == clock.WAIT_S
     assert subject.was_set_to_s is None
 
 
@@ -245,11 +311,44 @@ def test_a_plausible_clock_is_taken_in_the_end(paths: Paths, caplog) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{}", '{"peers": 0, "median_s": 1.0}', '{"peers": 2, "median_s": NaN}', "[1]"]
+    "text",
+    [
+        "",
+        "{}",
+        "[1]",
+        '{"at_boot_s": []}',
+        '{"at_boot_s": [NaN, 1]}',
+        '{"at_boot_s": [1e999]}',
+        '{"at_boot_s": [1, true]}',
+        f'{{"at_boot_s": [{"9" * 400}]}}',
+        f'{{"at_boot_s": [1{",1" * clock.PEERS_LIMIT}]}}',
+        f'{{"at_boot_s": [1]{" " * clock.LIMIT_BYTES}}}',
+    ],
 )
 def test_a_clock_file_that_makes_no_sense_counts_for_nothing(paths: Paths, text: str) -> None:
     paths.clock.write_text(text)
     assert clock.read(paths) is None
+
+
+def test_a_large_site_fits_into_the_file(paths: Paths) -> None:
+    clock.write(paths, {str(i): BUILT_S * 1.5 + i / 7 for i in range(500)})
+    found = clock.read(paths)
+    assert found is not None
+    assert len(found.at_boot_s) == clock.PEERS_LIMIT
+
+
+def test_the_build_is_dated_by_the_changelog_not_by_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = clock.Clock()
+    dated_s = real.built_s()
+    last = (ROOT / "debian/changelog").read_text().partition("\n -- ")[2].splitlines()[0]
+    assert dated_s == email.utils.parsedate_to_datetime(last.rpartition("  ")[2]).timestamp()
+    # Installed: the checkout's changelog is not there, the build wrote the date down.
+    monkeypatch.setattr(version, "CHANGELOG", tmp_path / "none")
+    monkeypatch.setattr(version, "BUILT", tmp_path / "built")
+    (tmp_path / "built").write_text("1800000000\n")
+    assert real.built_s() == 1_800_000_000
 
 
 def test_a_check_can_be_left_out(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:

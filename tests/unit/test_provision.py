@@ -76,7 +76,10 @@ def test_a_drop_in_is_a_configuration(paths: Paths) -> None:
     (dropins / "10-site.yaml").write_text("nodes: 3\n")
     provision.provision(paths, None)
     assert not paths.config.exists()
-    (dropins / "10-site.yaml").unlink()
+    (dropins / "10-site.yaml").rename(dropins / "10-site.yml")
+    provision.provision(paths, None)
+    assert not paths.config.exists()
+    (dropins / "10-site.yml").unlink()
     provision.provision(paths, None)
     assert paths.config.exists(), f"{card} was not taken"
 
@@ -91,6 +94,38 @@ def test_what_is_wrong_is_not_taken_and_said(paths: Paths) -> None:
     assert f"not taken: {card}/config.yaml: nodes is 'many'; allowed: a number" in note
     assert f"not taken: {card}/token: token-file: the token has at most" in note
     assert "secret" not in note
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("token.txt", "token"),
+        ("TOKEN.TXT", "token"),
+        ("config.yml", "config.yaml"),
+        ("config.yaml.txt", "config.yaml"),
+        ("Config.txt", "config.yaml"),
+    ],
+)
+def test_a_wrong_name_is_said(paths: Paths, name: str, meant: str) -> None:
+    card = fill(paths.boot_partitions[0])
+    (card / name).write_text(TOKEN)
+    (card / "README.txt").touch()
+    provision.provision(paths, None)
+    note = card / provision.NOTE
+    wanted = f"{card}/{name} was not looked at: rename it to {meant}, or remove it\r\n"
+    assert note.read_bytes().decode() == wanted
+    assert not paths.token.exists()
+    before = note.stat().st_ino
+    provision.provision(paths, None)
+    assert note.stat().st_ino == before, "written anew at every boot"
+
+
+def test_a_token_that_is_no_token_for_the_daemon_is_none_here(paths: Paths) -> None:
+    card = fill(paths.boot_partitions[0], token=TOKEN * (site_token.SIZE_LIMIT_BYTES // 64 + 1))
+    provision.provision(paths, None)
+    assert not paths.token.exists()
+    note = (card / provision.NOTE).read_text()
+    assert f"not taken: {card}/token: cannot be read: larger than 4096 bytes" in note
 
 
 def test_a_power_cut_before_the_wipe_is_made_good(paths: Paths) -> None:
