@@ -127,6 +127,11 @@ class Paths:
         return self._at("var/lib/rancher/k3s")
 
     @property
+    def keepalived(self) -> Path:
+        """keepalived's configuration; Debian's package ships none."""
+        return self._at("etc/keepalived/keepalived.conf")
+
+    @property
     def k3s_log(self) -> Path:
         """Output of a K3s that we supervise."""
         return self._at("var/log/k3s.log")

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from k3sagentd.core import guards, log
 from k3sagentd.core.effects import WriteOrder
-from k3sagentd.core.hello import k3s_role, own_url, url_of
+from k3sagentd.core.hello import fixed_urls, k3s_role, own_url
 from k3sagentd.core.k3s import Action, Datastore, Order, Outcome, Result, ServerOrAgent
 from k3sagentd.core.log import Seal
 from k3sagentd.core.messages import Hello, Registration, RegistrationRequest
@@ -79,10 +79,9 @@ def own_seal(node: Node) -> Seal | None:
     url = own_url(node)
     if not node.k3s.ready or node.k3s.ca_hash is None or url is None:
         return None
-    fixed = node.site.registration_address
     return Seal(
         ca_hash=node.k3s.ca_hash,
-        addresses=(url_of(fixed), url) if fixed else (url,),
+        addresses=(*fixed_urls(node), url),
         k3s_version=node.k3s.version,
         shared_flags=node.facts.shared_flags if node.facts else {},
     )
@@ -256,8 +255,8 @@ def _order(node: Node, action: Action) -> Order:
     flags: Mapping[str, str] = {}
     if action is Action.JOIN and node.seal is not None:
         known = node.drive.registration.servers if node.drive.registration else ()
-        urls = _other_servers(node) or known or node.seal.addresses
-        servers = tuple(url for url in urls if url != own_url(node))[:SERVERS_LIMIT]
+        urls = (*fixed_urls(node), *(_other_servers(node) or known or node.seal.addresses))
+        servers = tuple(u for u in dict.fromkeys(urls) if u != own_url(node))[:SERVERS_LIMIT]
         flags = node.seal.shared_flags
     return Order(
         action=action,
@@ -339,11 +338,9 @@ def registration(node: Node, joiner: NodeId, role: ServerOrAgent) -> Registratio
     own = own_url(node)
     if node.k3s.ready and k3s_role(node) is ServerOrAgent.SERVER and own and joiner != node.id:
         ready[node.id] = own
-    urls = [ready[each] for each in spread(joiner, list(ready))]
-    if node.site.registration_address:
-        urls.insert(0, url_of(node.site.registration_address))
+    urls = [ready[each] for each in spread(joiner, list(ready))] or seal.addresses
     return Registration(
-        servers=tuple(dict.fromkeys(urls))[:SERVERS_LIMIT] or seal.addresses,
+        servers=tuple(dict.fromkeys((*fixed_urls(node), *urls)))[:SERVERS_LIMIT],
         ca_hash=seal.ca_hash,
         k3s_version=seal.k3s_version,
         shared_flags=seal.shared_flags,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, assert_never
 
 from k3sagentd.core import drive, election, guards, log, ranking
-from k3sagentd.core.hello import k3s_role, own_hello
+from k3sagentd.core.hello import fixed_urls, k3s_role, own_hello
 from k3sagentd.core.k3s import Outcome, ServerOrAgent
 from k3sagentd.core.messages import Hello
 from k3sagentd.core.state import Accepting, Node, Preparing
@@ -185,6 +185,10 @@ def notes(node: Node) -> list[str]:
             "first boot; on all but one: rm -f /etc/machine-id /var/lib/dbus/machine-id; "
             "systemd-machine-id-setup; reboot"
         )
+    result = node.drive.result
+    if node.phase is NodePhase.READY and result is not None and result.reason is not None:
+        # K3s does its part; the rest of what was ordered is tried again all the same.
+        found.append(f"{result.order.action} failed at «{result.step}»: {result.reason}")
     return found
 
 
@@ -198,10 +202,10 @@ def as_json(node: Node, now_s: float) -> dict[str, Any]:
     seal, nomination = node.seal, node.nomination
     registration = drive.registration(node, node.id, ServerOrAgent.AGENT)
     own = own_hello(node)
+    fixed = fixed_urls(node) if registration else ()
+    urls = {*(registration.servers if registration else ()), *fixed}
     if registration and own.server_url:
-        urls = tuple(dict.fromkeys((own.server_url, *registration.servers)))
-    else:
-        urls = registration.servers if registration else ()
+        urls.add(own.server_url)
     return {
         "site": {
             "id": None,
@@ -213,7 +217,7 @@ def as_json(node: Node, now_s: float) -> dict[str, Any]:
             "quorum": node.quorum,
             "init_node": nomination.init if nomination else None,
             "ca_hash": seal.ca_hash if seal else None,
-            "registration": sorted(urls),
+            "registration": [*fixed, *sorted(urls - set(fixed))],
             "votes": node.votes.get(len(node.log) - 1),
         },
         "node": {

@@ -10,28 +10,22 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
-import ssl
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-from k3sagentd import site_token
+from k3sagentd import keys, site_token
 from k3sagentd.config import Config, load_config
 from k3sagentd.core.k3s import Action, Datastore, Order, Outcome, Result, ServerOrAgent
 from k3sagentd.discovery.addresses import attachment
 from k3sagentd.errors import ConfigError, HopelessError, K3sagentdError, MachineError
 from k3sagentd.files import fsync_directory, write_atomically
-from k3sagentd.k3s import dropin, facts, order, probe
+from k3sagentd.k3s import dropin, facts, keepalived, order, reach
 from k3sagentd.k3s.clock import Clock
 from k3sagentd.k3s.install import Method, method
 from k3sagentd.k3s.preflight import preflight
 from k3sagentd.paths import Paths
 
 log = logging.getLogger(__name__)
-
-CACERTS_TIMEOUT_S = 10.0
-CACERTS_LIMIT_BYTES = 256 * 1024
 
 
 def apply(paths: Paths) -> int:
@@ -108,9 +102,11 @@ class Apply:
                     install.stop()
                     yield "move its data aside"
                     self._move_aside()
+                    keepalived.withdraw(config, self._paths)
 
     def _preflight(self, config: Config, install: Method) -> Iterator[str]:
         if not install.running():
+            keepalived.check(config, self._paths, self._order.role)
             yield from preflight(config, self._paths, self._order.role, Clock())
 
     def _install(self, install: Method) -> None:
@@ -134,8 +130,11 @@ class Apply:
         secret = dropin.secure_token(self._order, token) + "\n"
         paths.dropin.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
         _write(paths.k3s_token, secret.encode(), 0o600)
-        at = attachment(config.interface)
-        values = dropin.contents(self._order, self._server, config, paths, at)
+        at = attachment(config.interface, config.virtual_ip)
+        server = self._order.role is ServerOrAgent.SERVER
+        site = keys.derive(token) if server else None
+        names = (site.mdns_name,) if site else ()
+        values = dropin.contents(self._order, self._server, config, paths, at, names)
         changed = _write(paths.dropin, dropin.render(values), 0o600)
         yield "check what K3s will read"
         dropin.check(self._order, self._server, paths)
@@ -145,6 +144,11 @@ class Apply:
         elif changed and not member:
             # It runs with an older word, and has not come into any cluster by it.
             install.restart(self._order.role)
+        if site is not None and config.virtual_ip is not None:
+            yield "give the virtual address to keepalived"
+            keepalived.keep(config, paths, at, site.site_id, self._order)
+        else:
+            keepalived.withdraw(config, paths)
 
     def _check_init(self) -> None:
         found = facts.datastore(self._paths.k3s_data)
@@ -170,21 +174,13 @@ class Apply:
             raise HopelessError(f"{self._paths.k3s_data} has the data of a server; move it aside")
 
     def _find_server(self) -> str:
-        """The first address whose CA is the one that was sealed."""
-        member = facts.datastore(self._paths.k3s_data) in (Datastore.ETCD, Datastore.AGENT)
-        reasons = []
-        for url in self._order.servers:
-            try:
-                found = fetch_ca_hash(url)
-            except MachineError as error:
-                reasons.append(str(error))
-                continue
-            if found == self._order.ca_hash:
-                return url
-            reasons.append(f"{url} has CA {found}, but the site's is {self._order.ca_hash}")
-        if member:
+        """The best address whose CA is the one that was sealed."""
+        try:
+            return reach.find(self._order.servers, self._order.ca_hash)
+        except MachineError:
+            if facts.datastore(self._paths.k3s_data) not in (Datastore.ETCD, Datastore.AGENT):
+                raise
             return self._order.servers[0]  # it has its own members to ask; this is not used
-        raise MachineError("; ".join(reasons))
 
     def _is_ours(self) -> bool:
         """Whether the data was made by our order; what was there before us stays as it is."""
@@ -210,25 +206,6 @@ class Apply:
             log.warning("K3s's data is in %s now", aside)
         for path in (paths.dropin, paths.k3s_token):
             path.unlink(missing_ok=True)
-
-
-def fetch_ca_hash(url: str) -> str:
-    """The hash of a server's CA; raises MachineError where it has none to show."""
-    context: ssl.SSLContext = probe.insecure()
-    try:
-        with urllib.request.urlopen(  # noqa: S310 (https only: order.check_url)
-            f"{url}/cacerts", timeout=CACERTS_TIMEOUT_S, context=context
-        ) as response:
-            body = response.read(CACERTS_LIMIT_BYTES)
-    except urllib.error.HTTPError as error:
-        raise MachineError(f"{url} answers {error.code}") from error
-    except (urllib.error.URLError, OSError) as error:
-        reason = getattr(error, "reason", error)
-        raise MachineError(f"{url} cannot be reached: {reason}") from error
-    found = probe.hash_of_cacerts(body)
-    if found is None:
-        raise MachineError(f"{url}/cacerts is not a certificate")
-    return found
 
 
 def _write(path: Path, data: bytes, mode: int) -> bool:

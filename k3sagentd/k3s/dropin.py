@@ -30,9 +30,15 @@ def secure_token(order: Order, token: bytes) -> str:
 
 
 def contents(
-    order: Order, server: str | None, config: Config, paths: Paths, at: Attachment | None
+    order: Order,
+    server: str | None,
+    config: Config,
+    paths: Paths,
+    at: Attachment | None,
+    names: tuple[str, ...] = (),
 ) -> dict[str, Any]:
-    """The drop-in's keys for ``order``; ``server`` is the address that was checked."""
+    """The drop-in's keys for ``order``; ``server`` is the address that was checked, ``names`` are
+    those of the cluster beside its fixed addresses."""
     operator = _operators(paths)
     options = {key: value for key, value in config.k3s.items() if not key.endswith("+")}
     agent = order.role is ServerOrAgent.AGENT
@@ -43,8 +49,8 @@ def contents(
         shared = {k: flags.plain(v) for k, v in order.shared_flags.items()}
         # The operator's own file may say the same already, or in more words.
         values.update({k: v for k, v in shared.items() if k not in values and k not in operator})
-        names = [config.registration_address] if config.registration_address else []
-        sans = [*_list(operator.get("tls-san")), *_list(options.get("tls-san")), *names]
+        given = [*_list(operator.get("tls-san")), *_list(options.get("tls-san"))]
+        sans = [*given, *config.fixed_addresses, *names]
         if at is not None:
             sans.append(at.address)
         values["tls-san"] = list(dict.fromkeys(sans))

@@ -37,7 +37,7 @@ def preflight(config: Config, paths: Paths, role: ServerOrAgent, clock: Clock) -
 
     Raises MachineError where it may be better soon, HopelessError where a person is needed.
     """
-    if attachment(config.interface) is None:
+    if attachment(config.interface, config.virtual_ip) is None:
         where = config.interface or "any interface with a default route"
         raise MachineError(f"there is no address on {where}")
     checks: dict[str, Callable[[], None]] = {

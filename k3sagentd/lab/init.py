@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """PID 1 of a lab machine: makes it from namespaces, then does what systemd's units would.
 
-Runs ``facts``, then the daemon, restarting it as its unit does, and ``apply`` whenever there is
-an order. Killing it cuts the machine's power.
+Runs ``facts``, then the daemon, restarting it as its unit does, ``apply`` whenever there is an
+order, and keepalived while it has a configuration. Killing it cuts the machine's power.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 from k3sagentd.lab import namespaces
+from k3sagentd.lab.keepalived import Keepalived
 from k3sagentd.paths import Paths
 
 POLL_S = 0.2
@@ -72,6 +73,7 @@ def _live(paths: Paths, ran: Path) -> None:
     ran.write_text(f"{time.time()}")
     apply: subprocess.Popen[bytes] | None = None
     restart_at_s: float | None = None
+    keepalived = Keepalived(paths)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     while True:
         time.sleep(POLL_S)
@@ -83,7 +85,8 @@ def _live(paths: Paths, ran: Path) -> None:
             daemon, restart_at_s = subprocess.Popen([*PROGRAM, "run"]), None
         elif restart_at_s is None and daemon.poll() is not None:
             restart_at_s = time.monotonic() + RESTART_S
-        _reap({daemon.pid, apply.pid if apply else 0})
+        keepalived.look()
+        _reap({daemon.pid, apply.pid if apply else 0, keepalived.pid})
 
 
 def _reap(known: set[int]) -> None:
