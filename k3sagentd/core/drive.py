@@ -188,10 +188,14 @@ def _join(turn: Turn) -> None:
 def _settle_in(turn: Turn) -> None:
     """Once other servers are ready, the init node is told to follow them like any other.
 
-    Else its ``cluster-init`` would found a second cluster if its data were ever lost.
+    Else its ``cluster-init`` would found a second cluster if its data were ever lost. And what of
+    an order is still to do while K3s is ready is tried again, like any other.
     """
-    if turn.node.is_init and _other_servers(turn.node):
+    node = turn.node
+    if node.is_init and _other_servers(node):
         _ensure(turn, Action.JOIN)
+    elif node.drive.order is not None and node.drive.retry_at_s is not None:
+        _ensure(turn, node.drive.order.action)
 
 
 def _ordered(node: Node, action: Action) -> bool:

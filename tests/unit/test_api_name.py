@@ -8,11 +8,20 @@ import pytest
 
 from k3sagentd import keys
 from k3sagentd.core import drive, machine, status
+from k3sagentd.core.events import Tick
 from k3sagentd.core.hello import live_servers, name_answer, own_hello
-from k3sagentd.core.k3s import Action, K3sState, ServerOrAgent
+from k3sagentd.core.k3s import (
+    Action,
+    Datastore,
+    Facts,
+    K3sState,
+    Outcome,
+    Result,
+    ServerOrAgent,
+)
 from k3sagentd.core.log import Nominate, Seal
-from k3sagentd.core.state import Durable, Node, Peer, Site
-from k3sagentd.core.words import NodeId, Role
+from k3sagentd.core.state import Drive, Durable, Node, Peer, Site
+from k3sagentd.core.words import NodeId, NodePhase, Role
 from k3sagentd.discovery.api_name import ApiName, packed
 
 A, B, C, D = (NodeId(letter * 32) for letter in "abcd")
@@ -76,6 +85,20 @@ def test_an_order_to_join_has_them_first_too_whoever_is_heard() -> None:
     assert order.servers == (
         "https://k3s.lan:6443", "https://10.0.0.100:6443", "https://10.0.0.2:6443"
     )  # fmt: skip
+
+
+def test_what_is_left_of_an_order_is_tried_again_while_k3s_is_ready() -> None:
+    me = node(D, "10.0.0.4").but(phase=NodePhase.READY, facts=Facts(datastore=Datastore.AGENT))
+    order = drive._order(me, Action.JOIN)
+    result = Result(order=order, outcome=Outcome.FAILED, step="x", reason="no keepalived")
+    failed = me.but(
+        drive=Drive(order=order, outcome=Outcome.FAILED, result=result, retry_at_s=10.0)
+    )
+    assert status.notes(failed) == ["join failed at «x»: no keepalived"]
+    early, _ = machine.step(failed, Tick(now_s=9.0))
+    assert early.drive.order == order
+    late, _ = machine.step(failed, Tick(now_s=10.0))
+    assert late.drive.order == replace(order, attempt=1)
 
 
 def test_the_name_follows_from_the_token() -> None:
