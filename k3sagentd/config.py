@@ -10,6 +10,7 @@ import ipaddress
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from ipaddress import IPv4Interface
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,8 @@ class Config:
     role: Role = Role.AUTO
     interface: str | None = None
     registration_address: str | None = None
+    virtual_ip: IPv4Interface | None = None
+    virtual_router_id: int | None = None
     seeds: tuple[str, ...] = ()
     port: int = 6440
     settle_s: float = 3.0
@@ -75,6 +78,13 @@ class Config:
     ignore_preflight: tuple[str, ...] = ()
     install: Install = field(default_factory=Install)
     k3s: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def fixed_addresses(self) -> tuple[str, ...]:
+        """Addresses of the cluster that stay when servers come and go, best first."""
+        virtual = (str(self.virtual_ip.ip),) if self.virtual_ip else ()
+        given = (self.registration_address,) if self.registration_address else ()
+        return tuple(dict.fromkeys((*given, *virtual)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +220,21 @@ def _is_host(text: str) -> bool:
         return False
 
 
+def _virtual_ip(value: Any) -> IPv4Interface:
+    allowed = "an IPv4 address with the prefix of its network, such as 10.0.0.100/24"
+    try:
+        found = IPv4Interface(value) if isinstance(value, str) and "/" in value else None
+    except ValueError:
+        found = None
+    if found is None or found.network.prefixlen > 30:
+        raise ValueError(allowed)
+    if found.ip in (found.network.network_address, found.network.broadcast_address):
+        raise ValueError(f"{allowed}; that is the network's own or its broadcast address")
+    if found.is_loopback or found.is_multicast or found.is_unspecified or found.is_link_local:
+        raise ValueError(f"{allowed}; that is no address of a machine on a network")
+    return found
+
+
 def _seeds(value: Any) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
         raise ValueError("a list of host[:port]")
@@ -262,6 +287,8 @@ SETTINGS = (
     Setting("role", _role, "role"),
     Setting("interface", _text, "interface"),
     Setting("registration-address", _host, "registration_address"),
+    Setting("virtual-ip", _virtual_ip, "virtual_ip"),
+    Setting("virtual-router-id", _integer(1, 255), "virtual_router_id"),
     Setting("seeds", _seeds, "seeds"),
     Setting("port", _integer(1, 65535), "port"),
     Setting("settle", _duration, "settle_s"),

@@ -35,6 +35,11 @@ class SiteKeys:
     ca_key: Ed25519PrivateKey
     ca_certificate: x509.Certificate
 
+    @property
+    def mdns_name(self) -> str:
+        """The cluster's name on the local network, in every server's certificate."""
+        return f"k3s-{self.site_id[:6]}.local"
+
 
 def derive(token: bytes) -> SiteKeys:
     """Derive the keys of the site that has ``token``. Takes about 0.1 s and 32 MiB."""

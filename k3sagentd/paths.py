@@ -142,14 +142,14 @@ class Paths:
         return self._at("etc/rancher/k3s/k3sagentd-token")
 
     @property
-    def keepalived(self) -> Path:
-        """The configuration of keepalived, which may be somebody else's."""
-        return self._at("etc/keepalived/keepalived.conf")
-
-    @property
     def k3s_data(self) -> Path:
         """K3s's data directory."""
         return self._at("var/lib/rancher/k3s")
+
+    @property
+    def keepalived(self) -> Path:
+        """keepalived's configuration; Debian's package ships none."""
+        return self._at("etc/keepalived/keepalived.conf")
 
     @property
     def k3s_log(self) -> Path:

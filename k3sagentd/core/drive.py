@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from k3sagentd.core import guards, leaving, log, names, ranking
 from k3sagentd.core.effects import WriteOrder
-from k3sagentd.core.hello import has_etcd, k3s_role, own_url, url_of
+from k3sagentd.core.hello import fixed_urls, has_etcd, k3s_role, own_url
 from k3sagentd.core.k3s import Action, Datastore, Order, Outcome, Result, ServerOrAgent
 from k3sagentd.core.log import Seal
 from k3sagentd.core.messages import Hello, LeaveStep
@@ -120,10 +120,9 @@ def own_seal(node: Node) -> Seal | None:
     url = own_url(node)
     if not node.k3s.ready or node.k3s.ca_hash is None or url is None:
         return None
-    fixed = node.site.registration_address
     return Seal(
         ca_hash=node.k3s.ca_hash,
-        addresses=(url_of(fixed), url) if fixed else (url,),
+        addresses=(*fixed_urls(node), url),
         k3s_version=node.k3s.version,
         shared_flags=node.facts.shared_flags if node.facts else {},
     )
@@ -259,12 +258,15 @@ def is_kept_out(node: Node, now_s: float) -> bool:
 def _settle_in(turn: Turn) -> None:
     """Once other servers are ready, the init node is told to follow them like any other.
 
-    Else its ``cluster-init`` would found a second cluster if its data were ever lost. And an agent
-    is told when none of the servers that it was pointed at is there any more.
+    Else its ``cluster-init`` would found a second cluster if its data were ever lost. An agent is
+    told when none of the servers that it was pointed at is there any more. And what of an order is
+    still to do while K3s is ready is tried again, like any other.
     """
     node = turn.node
     if (node.is_init and ready_urls(node)) or is_adrift(node):
         _ensure(turn, Action.JOIN)
+    elif node.drive.order is not None and node.drive.retry_at_s is not None:
+        _ensure(turn, node.drive.order.action)
 
 
 def is_adrift(node: Node) -> bool:
@@ -334,8 +336,8 @@ def _order(node: Node, action: Action) -> Order:
     flags: Mapping[str, str] = {}
     if action is Action.JOIN and node.seal is not None:
         known = node.drive.registration.servers if node.drive.registration else ()
-        urls = ready_urls(node) or known or node.seal.addresses
-        servers = tuple(url for url in urls if url != own_url(node))[:SERVERS_LIMIT]
+        urls = (*fixed_urls(node), *(ready_urls(node) or known or node.seal.addresses))
+        servers = tuple(u for u in dict.fromkeys(urls) if u != own_url(node))[:SERVERS_LIMIT]
         flags = node.seal.shared_flags
     return Order(
         action=action,

@@ -76,6 +76,25 @@ def is_sound(node: Node) -> bool:
     )
 
 
+def fixed_urls(node: Node) -> tuple[str, ...]:
+    """The registration addresses that stay when servers come and go, best first."""
+    return tuple(url_of(each) for each in node.site.fixed_addresses)
+
+
+def live_servers(node: Node) -> tuple[str, ...]:
+    """The addresses of the ready servers that are here now, in an order that all nodes share."""
+    found = {hello.address for hello in node.kin if hello.server_url and hello.address}
+    if server_url(node) and node.address:
+        found.add(node.address)
+    return tuple(sorted(found))
+
+
+def name_answer(node: Node) -> tuple[str, ...]:
+    """What this node answers for the cluster's name: only a ready server answers, and all of them
+    alike as far as they hear each other."""
+    return live_servers(node) if server_url(node) else ()
+
+
 def may_differ(before: Node, node: Node) -> bool:
     """Whether a part was replaced that the hello is made of."""
     return not all(map(is_, parts(before), parts(node)))

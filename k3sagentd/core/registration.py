@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 
 from k3sagentd.core import names
-from k3sagentd.core.hello import k3s_role, server_url, url_of
+from k3sagentd.core.hello import fixed_urls, k3s_role, server_url
 from k3sagentd.core.k3s import ServerOrAgent
 from k3sagentd.core.messages import NotYet, Registration, RegistrationRequest
 from k3sagentd.core.state import Node
@@ -46,11 +46,9 @@ def registration(node: Node, joiner: NodeId, role: ServerOrAgent) -> Registratio
     own = server_url(node)
     if own and joiner != node.id:
         ready[node.id] = own
-    urls = [ready[each] for each in spread(joiner, list(ready))]
-    if node.site.registration_address:
-        urls.insert(0, url_of(node.site.registration_address))
+    urls = [ready[each] for each in spread(joiner, list(ready))] or seal.addresses
     return Registration(
-        servers=tuple(dict.fromkeys(urls))[:SERVERS_LIMIT] or seal.addresses,
+        servers=tuple(dict.fromkeys((*fixed_urls(node), *urls)))[:SERVERS_LIMIT],
         ca_hash=seal.ca_hash,
         k3s_version=seal.k3s_version,
         shared_flags=seal.shared_flags,

@@ -41,7 +41,9 @@ class Site:
     settle_s: float = 3.0
     abandon_after_s: float = 1800.0
     replace_after_s: float = 1800.0
-    registration_address: str | None = None
+    fixed_addresses: tuple[str, ...] = ()
+    """Addresses of the cluster that stay when servers come and go, best first: preferred in every
+    registration, with the servers' own as fallback."""
     machine: str | None = None
     """A mark of the machine-id, which no two machines should share; nothing is decided by it."""
     hardware: str | None = None

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any, assert_never
 
 from k3sagentd.core import drive, election, guards, log, ranking, registration, roster
-from k3sagentd.core.hello import k3s_role, own_hello
+from k3sagentd.core.hello import fixed_urls, k3s_role, own_hello
 from k3sagentd.core.k3s import Outcome, ServerOrAgent
 from k3sagentd.core.messages import Hello
 from k3sagentd.core.state import Accepting, Node, Preparing
@@ -268,6 +268,10 @@ def notes(node: Node, now_s: float) -> list[str]:
             "first boot; on all but one: rm -f /etc/machine-id /var/lib/dbus/machine-id; "
             "systemd-machine-id-setup; reboot"
         )
+    result = node.drive.result
+    if node.phase is NodePhase.READY and result is not None and result.reason is not None:
+        # K3s does its part; the rest of what was ordered is tried again all the same.
+        found.append(f"{result.order.action} failed at «{result.step}»: {result.reason}")
     return [*found, *_servers(node, now_s)]
 
 
@@ -281,9 +285,10 @@ def as_json(node: Node, now_s: float) -> dict[str, Any]:
     seal, nomination = node.seal, node.nomination
     handed_out = registration.registration(node, node.id, ServerOrAgent.AGENT)
     own = own_hello(node)
-    urls = handed_out.servers if handed_out else ()
+    fixed = fixed_urls(node) if handed_out else ()
+    urls = {*(handed_out.servers if handed_out else ()), *fixed}
     if own.server_url:
-        urls = tuple(dict.fromkeys((own.server_url, *urls)))
+        urls.add(own.server_url)
     return {
         "site": {
             "id": None,
@@ -295,7 +300,7 @@ def as_json(node: Node, now_s: float) -> dict[str, Any]:
             "quorum": node.quorum,
             "init_node": nomination.init if nomination else None,
             "ca_hash": seal.ca_hash if seal else None,
-            "registration": sorted(urls),
+            "registration": [*fixed, *sorted(urls - set(fixed))],
             "roster": list(roster.members(node)),
             "generation": node.generation.number,
             "votes": node.votes.get(len(node.log) - 1),

@@ -20,7 +20,7 @@ from k3sagentd.control import ControlServer
 from k3sagentd.core import guards, machine, registration, status
 from k3sagentd.core.cluster import Errand, ErrandResult
 from k3sagentd.core.events import AddressChanged, ErrandEnded, InitForced, LeaveAsked, Tick
-from k3sagentd.core.hello import k3s_role
+from k3sagentd.core.hello import k3s_role, live_servers, name_answer, url_of
 from k3sagentd.core.k3s import Order, ServerOrAgent
 from k3sagentd.core.messages import Hello, LeaveStep, Message
 from k3sagentd.core.state import Node, Site
@@ -30,6 +30,7 @@ from k3sagentd.daemon.engine import Engine
 from k3sagentd.daemon.errands import Errands
 from k3sagentd.daemon.links import Links, Receiver
 from k3sagentd.discovery import addresses, seeds
+from k3sagentd.discovery.api_name import ApiName
 from k3sagentd.discovery.mdns import Mdns
 from k3sagentd.discovery.table import Source
 from k3sagentd.errors import MachineError
@@ -77,7 +78,7 @@ class Daemon:
             settle_s=config.settle_s,
             abandon_after_s=config.abandon_after_s,
             replace_after_s=config.replace_after_s,
-            registration_address=config.registration_address,
+            fixed_addresses=config.fixed_addresses,
             machine=systemd.machine_mark(keys.site_id),
             hardware=mark_of(hardware, keys.election_key),
         )
@@ -92,10 +93,12 @@ class Daemon:
         )
         self._errands = Errands(paths, self._errand_ended)
         self.drive = Drive(self.engine, paths, token.decode(), self._links.clocks)
+        self._api_name = ApiName(keys.mdns_name)
         self._mdns = Mdns(
             node=identity.node,
             site_id=keys.site_id,
             port=config.port,
+            api_name=self._api_name,
             on_target=lambda target: self._links.sighted(target, Source.MDNS),
             on_gone=lambda target: self._links.gone(target, Source.MDNS),
         )
@@ -146,6 +149,7 @@ class Daemon:
             for note in notes:
                 log.warning("%s", note)
         self.drive.wake()
+        self._api_name.show(name_answer(self.engine.node))
         if self.engine.node.seal is not None and not self._hinted:
             self._hinted = asyncio.get_running_loop().create_task(self._mdns.hint(self._hints()))
 
@@ -157,6 +161,7 @@ class Daemon:
         node = self.engine.node
         document = status.as_json(node, time.monotonic())
         document["site"]["id"] = self._keys.site_id
+        document["site"]["registration"] += self._by_name()
         document["events"] = [
             {"number": number, "time": round(at, 3), "text": text}
             for number, at, text in self.engine.reports
@@ -168,8 +173,16 @@ class Daemon:
         node = self.engine.node
         role = k3s_role(node) or ServerOrAgent.AGENT
         answer = registration.registration(node, NodeId(""), role)
-        plain: dict[str, Any] | None = schema.to_plain(answer) if answer else None
+        if answer is None:
+            return None
+        plain: dict[str, Any] = schema.to_plain(answer)
+        plain["servers"] += self._by_name()
         return plain
+
+    def _by_name(self) -> list[str]:
+        """The way in by mDNS, for people and never for joiners: not every machine resolves it."""
+        live = live_servers(self.engine.node)
+        return [url_of(self._keys.mdns_name)] if live else []
 
     async def force(self) -> str | None:
         """For ``k3sagentd cluster-init --force``."""
@@ -229,7 +242,7 @@ class Daemon:
             await self._client.close()
 
     async def _look_at_address(self) -> addresses.Attachment | None:
-        found = addresses.attachment(self._config.interface)
+        found = addresses.attachment(self._config.interface, self._config.virtual_ip)
         address = found.address if found else None
         if address != self.engine.node.address:
             await self.engine.carry_out(AddressChanged(now_s=time.monotonic(), address=address))

@@ -37,10 +37,13 @@ class Attachment:
         return ipaddress.ip_address(self.address).version
 
 
-def attachment(interface: str | None) -> Attachment | None:
+def attachment(
+    interface: str | None, virtual: ipaddress.IPv4Interface | None = None
+) -> Attachment | None:
     """The address to be known by: of ``interface``, else of the one with the default route.
 
-    IPv4 goes before IPv6, as in K3s; link-local addresses do not count. None while there is none.
+    IPv4 goes before IPv6, as in K3s; link-local addresses do not count, and neither does the
+    ``virtual`` one, which is here today and elsewhere tomorrow. None while there is none.
     """
     names = [interface] if interface else default_route_interfaces()
     adapters = {adapter.name: adapter for adapter in ifaddr.get_adapters()}
@@ -49,11 +52,23 @@ def attachment(interface: str | None) -> Attachment | None:
         if adapter is None or adapter.index is None:
             continue
         addresses = [_plain(ip.ip) for ip in adapter.ips]
-        usable = [address for address in addresses if not address.is_link_local]
+        moving = virtual.ip if virtual else None
+        usable = [each for each in addresses if not each.is_link_local and each != moving]
         for address in sorted(usable, key=lambda each: each.version):
             if not address.is_loopback:
                 return Attachment(name, adapter.index, str(address))
     return None
+
+
+def interfaces_v4(name: str) -> list[ipaddress.IPv4Interface]:
+    """The IPv4 addresses of interface ``name``, each with its network."""
+    return [
+        ipaddress.IPv4Interface(f"{ip.ip}/{ip.network_prefix}")
+        for adapter in ifaddr.get_adapters()
+        if adapter.name == name
+        for ip in adapter.ips
+        if ip.is_IPv4
+    ]
 
 
 def _plain(ip: str | tuple[str, int, int]) -> ipaddress.IPv4Address | ipaddress.IPv6Address:

@@ -17,6 +17,7 @@ from zeroconf.asyncio import AsyncServiceBrowser, AsyncServiceInfo, AsyncZerocon
 
 from k3sagentd.core.words import NodeId
 from k3sagentd.discovery.addresses import Attachment
+from k3sagentd.discovery.api_name import ApiName
 from k3sagentd.discovery.table import Target
 
 log = logging.getLogger(__name__)
@@ -34,9 +35,17 @@ class Mdns:
     """One presence on the wire, bound to one address; a new address needs a new one."""
 
     def __init__(
-        self, *, node: NodeId, site_id: str, port: int, on_target: OnTarget, on_gone: OnTarget
+        self,
+        *,
+        node: NodeId,
+        site_id: str,
+        port: int,
+        api_name: ApiName,
+        on_target: OnTarget,
+        on_gone: OnTarget,
     ) -> None:
         self._node = node
+        self._api_name = api_name
         self._site_id = site_id
         self._port = port
         self._on_target = on_target
@@ -63,12 +72,14 @@ class Mdns:
         # The name is the hash of a public key, so nobody else has it; and where a clone has, both
         # must be seen. Either way probing (RFC 6762, 8.1) would only cost time.
         await self._zeroconf.async_register_service(self._info(), cooperating_responders=True)
+        self._api_name.attach(self._zeroconf)
 
     async def detach(self) -> None:
         """Say goodbye and stop."""
         for task in self._resolving.values():
             task.cancel()
         self._resolving.clear()
+        await self._api_name.detach()
         zeroconf, self._zeroconf, self._browser = self._zeroconf, None, None
         if zeroconf is not None:
             with contextlib.suppress(OSError, asyncio.TimeoutError):

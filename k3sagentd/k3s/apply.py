@@ -16,7 +16,7 @@ from k3sagentd import site_token
 from k3sagentd.config import load_config
 from k3sagentd.core.k3s import Action, Datastore, Order, Outcome, Result
 from k3sagentd.errors import ConfigError, HopelessError, K3sagentdError
-from k3sagentd.k3s import change_role, errand, facts, order, underway
+from k3sagentd.k3s import change_role, errand, facts, keepalived, order, underway
 from k3sagentd.k3s.adopt import adopt
 from k3sagentd.k3s.clock import Clock
 from k3sagentd.k3s.data import ca_hash, datastore, read_marker
@@ -108,12 +108,14 @@ def steps(work: Work) -> Iterator[str]:
             yield "check the registration address"
             yield from make(work, find(work))
         case Action.STEP_DOWN:
+            keepalived.withdraw(work.config, work.paths)
             yield from change_role.change(work)
 
 
 def _preflight(work: Work) -> Iterator[str]:
     running = work.install.running()
     if not running or change_role.is_change(work):
+        keepalived.check(work.config, work.paths, work.order.role)
         clock = None if running else Clock()
         yield from preflight(work.config, work.paths, work.order.role, clock)
 

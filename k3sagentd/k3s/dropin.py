@@ -37,16 +37,24 @@ def secure_token(order: Order, token: bytes) -> str:
 
 
 def contents(
-    order: Order, server: str | None, config: Config, paths: Paths, at: Attachment | None
+    order: Order,
+    server: str | None,
+    config: Config,
+    paths: Paths,
+    at: Attachment | None,
+    names: tuple[str, ...] = (),
 ) -> dict[str, Any]:
-    """The drop-in's keys for ``order``; ``server`` is the address that was checked."""
+    """The drop-in's keys for ``order``; ``server`` is the address that was checked, ``names`` are
+    those of the cluster beside its fixed addresses."""
     operator = merge(paths.k3s_config, without=paths.dropin).values
     options = configured(config, operator)
     if order.role is ServerOrAgent.AGENT:
         options = {key: value for key, value in options.items() if key in flags.AGENT}
     values: dict[str, Any] = dict(options)
     if order.role is ServerOrAgent.SERVER:
-        values |= _of_servers(order, config, operator, options, at)
+        own = [at.address] if at is not None else []
+        sans = [*config.fixed_addresses, *names, *own]
+        values |= _of_servers(order, operator, options, sans)
     if order.action is Action.INIT:
         values["cluster-init"] = True
     else:
@@ -63,10 +71,9 @@ def contents(
 
 def _of_servers(
     order: Order,
-    config: Config,
     operator: Mapping[str, Any],
     options: Mapping[str, Any],
-    at: Attachment | None,
+    sans: list[str],
 ) -> dict[str, Any]:
     """What only servers are told: the site's shared flags, and the names in their certificate."""
     # The operator's own file may say the same already, or in more words.
@@ -75,8 +82,6 @@ def _of_servers(
         for key, value in order.shared_flags.items()
         if key not in options and key not in operator
     }
-    names = [config.registration_address, at.address if at is not None else None]
-    sans = [name for name in names if name]
     return values | {"tls-san": _joined(operator, options, "tls-san", sans)}
 
 

@@ -11,9 +11,10 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from k3sagentd import keys
 from k3sagentd.core.k3s import Action, Datastore, ServerOrAgent
 from k3sagentd.discovery.addresses import attachment
-from k3sagentd.k3s import dropin
+from k3sagentd.k3s import dropin, keepalived
 from k3sagentd.k3s.change_role import change, is_change
 from k3sagentd.k3s.convert import check_version, convert
 from k3sagentd.k3s.data import datastore, write, write_marker
@@ -35,6 +36,17 @@ def install(work: Work) -> None:
 
 def make(work: Work, server: str | None) -> Iterator[str]:
     """Make this machine's K3s what the order says; ``server`` is the address that was checked."""
+    site = keys.derive(work.token) if work.order.role is ServerOrAgent.SERVER else None
+    yield from _make(work, server, (site.mdns_name,) if site is not None else ())
+    if site is None or work.config.virtual_ip is None:
+        keepalived.withdraw(work.config, work.paths)
+        return
+    yield "give the virtual address to keepalived"
+    at = attachment(work.config.interface, work.config.virtual_ip)
+    keepalived.keep(work.config, work.paths, at, site.site_id, work.order)
+
+
+def _make(work: Work, server: str | None, names: tuple[str, ...]) -> Iterator[str]:
     paths, order, data = work.paths, work.order, work.paths.k3s_data
     member = datastore(data) in MEMBERS and not is_change(work)
     if not member or not work.install.installed(order.role):
@@ -51,7 +63,7 @@ def make(work: Work, server: str | None) -> Iterator[str]:
     data.mkdir(parents=True, exist_ok=True)
     if order.action is Action.INIT and datastore(data) is Datastore.NONE:
         write_marker(data, asked_for(work))
-    _write(work, server)
+    _write(work, server, names)
     yield "check what K3s will read"
     dropin.check(order, server, paths)
     if converts:
@@ -67,7 +79,7 @@ def make(work: Work, server: str | None) -> Iterator[str]:
     paths.restart.unlink(missing_ok=True)
 
 
-def _write(work: Work, server: str | None) -> None:
+def _write(work: Work, server: str | None, names: tuple[str, ...]) -> None:
     """Token file and drop-in; what must be followed by a restart says so first, lest a kill in
     between lose it."""
     paths, order = work.paths, work.order
@@ -75,8 +87,8 @@ def _write(work: Work, server: str | None) -> None:
     paths.dropin.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
     write(paths.k3s_token, secret.encode(), 0o600)
     before = dropin.present(paths)
-    at = attachment(work.config.interface)
-    values = dropin.contents(order, server, work.config, paths, at)
+    at = attachment(work.config.interface, work.config.virtual_ip)
+    values = dropin.contents(order, server, work.config, paths, at, names)
     if work.install.running() and _needs_restart(work, before, values):
         paths.restart.touch()
     write(paths.dropin, dropin.render(values), 0o600)

@@ -39,7 +39,7 @@ def preflight(
     ``clock`` is None where K3s runs already, and the time must not jump. Raises MachineError where
     it may be better soon, HopelessError where a person is needed.
     """
-    if attachment(config.interface) is None:
+    if attachment(config.interface, config.virtual_ip) is None:
         where = config.interface or "any interface with a default route"
         raise MachineError(f"there is no address on {where}")
     checks: dict[str, Callable[[], None]] = {

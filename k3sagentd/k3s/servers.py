@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import ssl
 import urllib.error
 import urllib.request
 from urllib.parse import urlsplit
@@ -11,16 +10,14 @@ from urllib.parse import urlsplit
 from k3sagentd.core.k3s import Datastore
 from k3sagentd.discovery.addresses import attachment
 from k3sagentd.errors import ConfigError, DataError, MachineError
-from k3sagentd.k3s import probe
-from k3sagentd.k3s.ca import hash_of_cacerts
+from k3sagentd.k3s import probe, reach
 from k3sagentd.k3s.change_role import is_change
 from k3sagentd.k3s.data import datastore
 from k3sagentd.k3s.order import check_url
 from k3sagentd.k3s.work import Work
 from k3sagentd.yaml_files import merge
 
-CACERTS_TIMEOUT_S = 10.0
-CACERTS_LIMIT_BYTES = 256 * 1024
+PING = "https://127.0.0.1:6443/ping"
 PING_TIMEOUT_S = 5.0
 
 
@@ -34,22 +31,15 @@ def find(work: Work) -> str:
     store = datastore(work.paths.k3s_data)
     member = store in (Datastore.ETCD, Datastore.AGENT) and not is_change(work)
     present = _configured(work) if member else None
-    reasons = []
-    for url in dict.fromkeys([*([present] if present else []), *work.order.servers]):
-        if not member and _is_own(work, url):
-            reasons.append(f"{url} is this machine itself")
-            continue
-        try:
-            found = fetch_ca_hash(url)
-        except MachineError as error:
-            reasons.append(str(error))
-            continue
-        if found == work.order.ca_hash:
-            return url
-        reasons.append(f"{url} has CA {found}, but the site's is {work.order.ca_hash}")
-    if member:
-        return present or work.order.servers[0]
-    raise MachineError("; ".join(reasons))
+    urls = list(dict.fromkeys([*([present] if present else []), *work.order.servers]))
+    own = [] if member else [url for url in urls if _is_own(work, url)]
+    try:
+        return reach.find([url for url in urls if url not in own], work.order.ca_hash)
+    except MachineError as error:
+        if member:
+            return urls[0]
+        said = [*(f"{url} is this machine itself" for url in own), str(error)]
+        raise MachineError("; ".join(each for each in said if each)) from error
 
 
 def _configured(work: Work) -> str | None:
@@ -69,32 +59,12 @@ def _is_own(work: Work, url: str) -> bool:
     return at is not None and urlsplit(url).hostname == at.address
 
 
-def fetch_ca_hash(url: str) -> str:
-    """The hash of a server's CA; raises MachineError where it has none to show."""
-    found = hash_of_cacerts(_get(f"{url}/cacerts", CACERTS_TIMEOUT_S))
-    if found is None:
-        raise MachineError(f"{url}/cacerts is not a certificate")
-    return found
-
-
 def pings() -> bool:
     """Whether this machine's own server is up: past whatever it does with its datastore."""
+    context = probe.insecure()
     try:
-        return _get("https://127.0.0.1:6443/ping", PING_TIMEOUT_S) == b"pong"
-    except MachineError:
+        with urllib.request.urlopen(PING, timeout=PING_TIMEOUT_S, context=context) as response:
+            pong: bytes = response.read(16)
+            return pong == b"pong"
+    except (urllib.error.URLError, OSError):
         return False
-
-
-def _get(url: str, timeout_s: float) -> bytes:
-    context: ssl.SSLContext = probe.insecure()
-    try:
-        with urllib.request.urlopen(  # noqa: S310 (https only: order.check_url)
-            url, timeout=timeout_s, context=context
-        ) as response:
-            body: bytes = response.read(CACERTS_LIMIT_BYTES)
-    except urllib.error.HTTPError as error:
-        raise MachineError(f"{url} answers {error.code}") from error
-    except (urllib.error.URLError, OSError) as error:
-        reason = getattr(error, "reason", error)
-        raise MachineError(f"{url} cannot be reached: {reason}") from error
-    return body

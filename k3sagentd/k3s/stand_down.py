@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from k3sagentd.core.k3s import Datastore
 from k3sagentd.errors import HopelessError
+from k3sagentd.k3s import keepalived
 from k3sagentd.k3s.data import Marker, datastore, put_aside, read_marker
 from k3sagentd.k3s.work import Work
 
@@ -27,6 +28,7 @@ def stand_down(work: Work) -> Iterator[str]:
         put_aside(data, f"{data.name}.abandoned-{work.order.epoch}")
     for path in (work.paths.dropin, work.paths.k3s_token):
         path.unlink(missing_ok=True)
+    keepalived.withdraw(work.config, work.paths)
 
 
 def _is_ours(work: Work) -> bool:

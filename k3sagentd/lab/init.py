@@ -2,8 +2,8 @@
 """PID 1 of a lab machine: makes it from namespaces, then does what systemd's units would.
 
 Runs ``facts`` and the daemon once there is a token, restarting them as their unit does: unless
-the daemon ended well; and ``apply`` whenever there is an order or an errand. Killing it cuts the
-machine's power.
+the daemon ended well; ``apply`` whenever there is an order or an errand; and keepalived while it
+has a configuration. Killing it cuts the machine's power.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 from k3sagentd.lab import namespaces
+from k3sagentd.lab.keepalived import Keepalived
 from k3sagentd.paths import Paths
 
 POLL_S = 0.2
@@ -72,6 +73,7 @@ def _live(paths: Paths, ran: Path) -> None:
     ran.write_text(f"{time.time()}")
     apply: subprocess.Popen[bytes] | None = None
     restart_at_s: float | None = None
+    keepalived = Keepalived(paths)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     while True:
         time.sleep(POLL_S)
@@ -85,7 +87,9 @@ def _live(paths: Paths, ran: Path) -> None:
             daemon, restart_at_s = _start_daemon(), None
         elif restart_at_s is None and daemon.poll():
             restart_at_s = time.monotonic() + RESTART_S
-        _reap({daemon.pid if daemon else 0, apply.pid if apply else 0})
+        keepalived.look()
+        known = {daemon.pid if daemon else 0, apply.pid if apply else 0, keepalived.pid}
+        _reap(known)
 
 
 def _start_daemon() -> subprocess.Popen[bytes]:

@@ -67,6 +67,12 @@ def plug_in(machine: str, number: int) -> None:
     run("ip", "-n", name, "route", "add", "default", "via", GATEWAY)
 
 
+def forget(machine: str) -> None:
+    """Remove the addresses that a program added beside the machine's own: they go with its power,
+    though its namespace stays."""
+    run("ip", "-n", namespace(machine), "-4", "address", "flush", "dev", "eth0", "secondary")
+
+
 def partition(groups: Sequence[Sequence[str]]) -> None:
     """Cut the wire between the groups; a machine in none of them is alone."""
     rules = []

@@ -28,6 +28,7 @@ KILL_TIMEOUT_S = 10.0
 BOOT_TIMEOUT_S = 30.0
 DIRECTORIES = (
     "etc/k3sagentd",
+    "etc/keepalived",
     "etc/rancher",
     "var/lib/k3sagentd",
     "var/lib/k3sagentd-apply",
@@ -117,7 +118,8 @@ class Lab:
             self.give_token(name, token)
         if self.knobs:
             (machine / "etc/k3s-standin.yaml").write_text(yaml.safe_dump(self.knobs))
-        (machine / "var/log/k3s.log").touch()
+        for log in ("k3s.log", "keepalived.log"):
+            (machine / "var/log" / log).touch()
         self._put_k3s(machine / "usr/local/bin/k3s")
         network.plug_in(name, number)
         return name
@@ -186,6 +188,7 @@ class Lab:
             if time.monotonic() > deadline:
                 raise MachineError(f"{name} does not go off")
             time.sleep(0.02)
+        network.forget(name)
         (self.machine(name) / "run/k3sagentd/control.sock").unlink(missing_ok=True)
 
     def command_in(self, name: str, command: list[str]) -> list[str]:

@@ -12,7 +12,7 @@ from k3sagentd.core.k3s import Action, Order, Outcome, Result, ServerOrAgent
 from k3sagentd.discovery.addresses import Attachment
 from k3sagentd.errors import MachineError
 from k3sagentd.k3s import apply as root
-from k3sagentd.k3s import convert, dropin, facts, make, ownership, servers
+from k3sagentd.k3s import convert, dropin, facts, make, ownership, reach, servers
 from k3sagentd.k3s.order import read_result, write_order
 from k3sagentd.paths import Paths
 
@@ -90,19 +90,20 @@ class Machine:
         self.configure()
         monkeypatch.setattr(root, "method", lambda config, paths: self.k3s)
         for module in (make, servers):
-            monkeypatch.setattr(module, "attachment", lambda interface: self.at)
+            monkeypatch.setattr(module, "attachment", lambda *_: self.at)
         monkeypatch.setattr(root, "preflight", lambda *_: iter(()))
         for module in (ownership, convert):
             monkeypatch.setattr(module, "answers", self.k3s.running)
         monkeypatch.setattr(convert, "pings", self.k3s.running)
         monkeypatch.setattr(convert, "POLL_S", 0.0)
-        monkeypatch.setattr(servers, "fetch_ca_hash", self._fetch)
+        monkeypatch.setattr(reach, "check", self._check)
         monkeypatch.setattr(facts, "measure_fsync", lambda data: 1.0)
 
-    def _fetch(self, url: str) -> str:
+    def _check(self, url: str, ca_hash: str | None) -> None:
         if url not in self.there:
             raise MachineError(f"{url} cannot be reached")
-        return self.there[url]
+        if self.there[url] != ca_hash:
+            raise MachineError(f"{url} has CA {self.there[url]}, but the site's is {ca_hash}")
 
     def configure(self, text: str = "") -> None:
         self.paths.config.write_text(f"nodes: 3\ninstall: {{method: exec}}\n{text}")

@@ -29,6 +29,13 @@ BAD = {
     "nodes: 5\nregistration-address: a..b": "registration-address is 'a..b'; allowed: ",
     "nodes: 5\nregistration-address: -a.b": "registration-address is '-a.b'; allowed: ",
     "nodes: 5\nregistration-address: 'a:b'": "registration-address is 'a:b'; allowed: ",
+    "nodes: 5\nvirtual-ip: 10.0.0.100": "virtual-ip is '10.0.0.100'; allowed: an IPv4 address with",
+    "nodes: 5\nvirtual-ip: fd00::1/64": "virtual-ip is 'fd00::1/64'; allowed: an IPv4 address with",
+    "nodes: 5\nvirtual-ip: 10.0.0.1/32": "virtual-ip is '10.0.0.1/32'; allowed: an IPv4 address",
+    "nodes: 5\nvirtual-ip: 10.0.0.255/24": "that is the network's own or its broadcast address",
+    "nodes: 5\nvirtual-ip: 127.0.0.2/8": "that is no address of a machine on a network",
+    "nodes: 5\nvirtual-ip: 10": "virtual-ip is 10; allowed: an IPv4 address with",
+    "nodes: 5\nvirtual-router-id: 256": "virtual-router-id is 256; allowed: a number from 1 to 255",
     "nodes: 5\ninstall: {method: curl}": "install.method is 'curl'; allowed: script, exec",
     "nodes: 5\ninstall: {script: 'http://x/y'}": "install.script is 'http://x/y'; allowed: https",
     "nodes: 5\ninstall: {script-sha256: ab}": "install.script-sha256 is 'ab'; allowed: 64 hex",
@@ -70,6 +77,13 @@ def test_defaults_and_units(tmp_path: Path) -> None:
     assert (config.nodes, config.servers, config.role) == (2, 1, Role.AGENT)
     assert config.abandon_after_s == 0.5
     assert config.token_file == tmp_path / "etc/k3sagentd/token"
+
+
+def test_fixed_addresses_are_somebody_elses_first(tmp_path: Path) -> None:
+    write(tmp_path, "nodes: 2\nregistration-address: k3s.lan\nvirtual-ip: 10.0.0.100/24\n")
+    assert load_config(Paths(tmp_path)).fixed_addresses == ("k3s.lan", "10.0.0.100")
+    write(tmp_path, "nodes: 2\nvirtual-ip: 10.0.0.100/24\n")
+    assert load_config(Paths(tmp_path)).fixed_addresses == ("10.0.0.100",)
 
 
 def test_dropins_are_merged_as_k3s_does(tmp_path: Path) -> None:

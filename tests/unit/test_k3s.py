@@ -72,6 +72,12 @@ def test_the_first_server_is_told_to_found(paths: Paths) -> None:
     assert dropin.secure_token(INIT, b"secret") == "secret"
 
 
+def test_every_way_in_is_in_a_servers_certificate(paths: Paths) -> None:
+    configure(paths, "registration-address: k3s.lan\nvirtual-ip: 10.0.0.100/24\n")
+    values = dropin.contents(INIT, None, load_config(paths), paths, AT, ("k3s-012345.local",))
+    assert values["tls-san"] == ["k3s.lan", "10.0.0.100", "k3s-012345.local", "10.0.0.7"]
+
+
 def test_an_agent_gets_no_option_of_servers_and_the_secure_token(paths: Paths) -> None:
     configure(paths, "k3s: {cluster-cidr: 10.1.0.0/16, node-label: [a=b]}\n")
     values = write(paths, JOIN, URL)

@@ -353,7 +353,7 @@ def test_the_build_is_dated_by_the_changelog_not_by_a_file(
 
 def test_a_check_can_be_left_out(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
     (paths.root / "proc/meminfo").write_text("MemTotal: 1 kB\n")
-    monkeypatch.setattr(preflight, "attachment", lambda _: object())
+    monkeypatch.setattr(preflight, "attachment", lambda *_: object())
     every = config(paths, "ignore-preflight: [foreign, cgroup, memory, disk, ports, clock]\n")
     assert list(preflight.preflight(every, paths, SERVER, FakeClock(0.0))) == []
     some = config(paths, "ignore-preflight: [foreign, cgroup, disk, ports, clock]\n")
