@@ -65,7 +65,7 @@ def own_hello(node: Node) -> Hello:
         port=node.site.port,
         nodes=node.nodes,
         servers=node.site.servers,
-        role=node.site.role,
+        role=Role.AGENT if node.site.tokenless else node.site.role,
         fitness=ranking.fitness_class(node.facts.fsync_ms if node.facts else None),
         may_vote=node.durable.muted is None and node.facts is not None,
         has_voted=bool(node.log) or not node.durable.acceptor.blank,

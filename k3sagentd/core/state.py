@@ -42,6 +42,8 @@ class Site:
     registration_address: str | None = None
     machine: str | None = None
     """A mark of the machine-id, which no two machines should share; nothing is decided by it."""
+    tokenless: bool = False
+    """It forgot the site's token (``forget-token``): it stays an agent."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,17 +16,18 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-from k3sagentd import site_token
 from k3sagentd.config import Config, load_config
 from k3sagentd.core.k3s import Action, Datastore, Order, Outcome, Result, ServerOrAgent
 from k3sagentd.discovery.addresses import attachment
 from k3sagentd.errors import ConfigError, HopelessError, K3sagentdError, MachineError
 from k3sagentd.files import fsync_directory, write_atomically
-from k3sagentd.k3s import dropin, facts, order, probe
+from k3sagentd.k3s import credentials, dropin, facts, order, probe
 from k3sagentd.k3s.clock import Clock
+from k3sagentd.k3s.forget import forget
 from k3sagentd.k3s.install import Method, method
 from k3sagentd.k3s.preflight import preflight
 from k3sagentd.paths import Paths
+from k3sagentd.site_token import Tokens, load_unless_forgotten
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,9 @@ def apply(paths: Paths) -> int:
     with paths.apply_lock.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         taken = order.take_order(paths)
-        return 0 if taken is None else Apply(paths, taken).run()
+        code = 0 if taken is None else Apply(paths, taken).run()
+        forget(paths)
+        return code
 
 
 class Apply:
@@ -57,9 +60,9 @@ class Apply:
         step = "read the configuration"
         try:
             config = load_config(self._paths)
-            token = site_token.load(config.token_file)
+            tokens = load_unless_forgotten(config.token_file, self._paths.token_forgotten)
             install = method(config, self._paths)
-            for step in self._steps(config, token, install):
+            for step in self._steps(config, tokens, install):
                 log.info("%s: %s", self._order.action, step)
                 self._report(Outcome.RUNNING, step)
         except (HopelessError, ConfigError) as error:
@@ -81,14 +84,14 @@ class Apply:
 
     # --- the orders -------------------------------------------------------------------------
 
-    def _steps(self, config: Config, token: bytes, install: Method) -> Iterator[str]:
+    def _steps(self, config: Config, tokens: Tokens | None, install: Method) -> Iterator[str]:
         """Yield each step's name before it is done."""
         match self._order.action:
             case Action.INIT:
                 yield "check this machine"
                 self._check_init()
                 yield from self._preflight(config, install)
-                yield from self._make(config, token, install)
+                yield from self._make(config, tokens, install)
             case Action.PREPARE:
                 yield "check this machine"
                 self._check_join()
@@ -100,7 +103,7 @@ class Apply:
                 self._check_join()
                 yield "check the registration address"
                 self._server = self._find_server()
-                yield from self._make(config, token, install)
+                yield from self._make(config, tokens, install)
             case Action.STAND_DOWN:
                 yield "check whose data it is"
                 if self._is_ours():
@@ -120,9 +123,12 @@ class Apply:
         _write(self._paths.installed, text.encode(), 0o600)
         install.install(self._order)
 
-    def _make(self, config: Config, token: bytes, install: Method) -> Iterator[str]:
+    def _make(self, config: Config, tokens: Tokens | None, install: Method) -> Iterator[str]:
         paths, data = self._paths, self._paths.k3s_data
         member = facts.datastore(data) in (Datastore.ETCD, Datastore.AGENT)
+        yield "choose K3s's token"
+        given = credentials.choose(self._order, self._server, tokens, paths)
+        self._server = given.server or self._server
         if not (member and install.running()):
             yield "install K3s without starting it"
             self._install(install)
@@ -131,19 +137,28 @@ class Apply:
         if self._order.action is Action.INIT and facts.datastore(data) is Datastore.NONE:
             marker = json.dumps({"epoch": self._order.epoch}) + "\n"
             _write(data / facts.MARKER, marker.encode(), 0o644)
-        secret = dropin.secure_token(self._order, token) + "\n"
         paths.dropin.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-        _write(paths.k3s_token, secret.encode(), 0o600)
+        own_token = given.agent_token is not None
+        if own_token:
+            _write(paths.k3s_agent_token, f"{given.agent_token}\n".encode(), 0o600)
+        token_changed = _write(paths.k3s_token, f"{given.token}\n".encode(), 0o600)
         at = attachment(config.interface)
-        values = dropin.contents(self._order, self._server, config, paths, at)
+        values = dropin.contents(
+            self._order, self._server, config, paths, at, agent_token=own_token
+        )
         changed = _write(paths.dropin, dropin.render(values), 0o600)
+        if not own_token:
+            paths.k3s_agent_token.unlink(missing_ok=True)
         yield "check what K3s will read"
-        dropin.check(self._order, self._server, paths)
+        dropin.check(self._order, self._server, paths, agent_token=own_token)
         yield "start K3s"
         if not install.running():
             install.start(self._order.role)
         elif changed and not member:
             # It runs with an older word, and has not come into any cluster by it.
+            install.restart(self._order.role)
+        elif token_changed and credentials.is_stuck(self._order.role):
+            # An agent reads its token once, and asks with it for ever (K3S.md 8).
             install.restart(self._order.role)
 
     def _check_init(self) -> None:
@@ -208,7 +223,7 @@ class Apply:
             data.rename(aside)
             fsync_directory(data.parent)
             log.warning("K3s's data is in %s now", aside)
-        for path in (paths.dropin, paths.k3s_token):
+        for path in (paths.dropin, paths.k3s_token, paths.k3s_agent_token):
             path.unlink(missing_ok=True)
 
 

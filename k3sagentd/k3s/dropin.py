@@ -18,21 +18,32 @@ from k3sagentd.paths import Paths
 from k3sagentd.yaml_files import Merged, merge
 
 HEADER = "# Written by k3sagentd for this node; changes here are overwritten.\n"
-DECISIVE = ("cluster-init", "server", "token", "token-file", "datastore-endpoint", "cluster-reset")
-"""Keys that decide which cluster a start of K3s makes or joins (K3S.md 1)."""
-
-
-def secure_token(order: Order, token: bytes) -> str:
-    """The short form for the first server, else the form that is bound to the CA (K3S.md 2)."""
-    if order.action is Action.JOIN:
-        return f"K10{order.ca_hash}::server:{token.decode()}"
-    return token.decode()
+SECRET = ("token", "agent-token")
+DECISIVE = (
+    "cluster-init",
+    "server",
+    *SECRET,
+    "token-file",
+    "agent-token-file",
+    "datastore-endpoint",
+    "cluster-reset",
+)
+"""Keys that decide which cluster a start of K3s makes or joins (K3S.md 1), and who may join it."""
 
 
 def contents(
-    order: Order, server: str | None, config: Config, paths: Paths, at: Attachment | None
+    order: Order,
+    server: str | None,
+    config: Config,
+    paths: Paths,
+    at: Attachment | None,
+    *,
+    agent_token: bool = False,
 ) -> dict[str, Any]:
-    """The drop-in's keys for ``order``; ``server`` is the address that was checked."""
+    """The drop-in's keys for ``order``; ``server`` is the address that was checked.
+
+    ``agent_token``: this server takes agents in by a token of their own.
+    """
     operator = _operators(paths)
     options = {key: value for key, value in config.k3s.items() if not key.endswith("+")}
     agent = order.role is ServerOrAgent.AGENT
@@ -53,6 +64,8 @@ def contents(
     else:
         values["server"] = server
     values["token-file"] = str(paths.k3s_token)
+    if agent_token:
+        values["agent-token-file"] = str(paths.k3s_agent_token)
     values["node-name"] = order.node_name
     if at is not None:
         if not {"node-ip"} & (operator.keys() | options.keys()):
@@ -79,10 +92,12 @@ def _list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list) else [value]
 
 
-def check(order: Order, server: str | None, paths: Paths) -> None:
+def check(order: Order, server: str | None, paths: Paths, *, agent_token: bool = False) -> None:
     """Read K3s's configuration as K3s will, and raise ConfigError unless it says what we mean."""
     merged = merge(paths.k3s_config)
     wanted: dict[str, Any] = {"token-file": str(paths.k3s_token)}
+    if agent_token:
+        wanted["agent-token-file"] = str(paths.k3s_agent_token)
     if order.action is Action.INIT:
         wanted["cluster-init"] = True
     else:
@@ -97,7 +112,7 @@ def check(order: Order, server: str | None, paths: Paths) -> None:
 
 
 def _complain(merged: Merged, key: str, dropin: Path) -> None:
+    found = "set" if key in SECRET else repr(merged.values[key])
     raise ConfigError(
-        f"{merged.file_of(key)}: {key} is {merged.values[key]!r}; allowed: what {dropin} says; "
-        f"remove {key} there"
+        f"{merged.file_of(key)}: {key} is {found}; allowed: what {dropin} says; remove {key} there"
     )

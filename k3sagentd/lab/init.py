@@ -77,7 +77,7 @@ def _live(paths: Paths, ran: Path) -> None:
         time.sleep(POLL_S)
         if apply is not None and apply.poll() is not None:
             apply = None
-        if apply is None and paths.order.exists():
+        if apply is None and (paths.order.exists() or paths.forget.exists()):
             apply = subprocess.Popen([*PROGRAM, "apply"])
         if restart_at_s is not None and time.monotonic() >= restart_at_s:
             daemon, restart_at_s = subprocess.Popen([*PROGRAM, "run"]), None
