@@ -63,12 +63,12 @@ class Forget:
             if not self._due():
                 await self._engine.changed(revision, LOOK_S)
                 continue
-            await asyncio.get_running_loop().run_in_executor(
-                None, memberships.keep, self._paths.state, self._membership
-            )
-            self._paths.forget_result.unlink(missing_ok=True)
-            write_atomically(self._paths.forget, b"", durable=False)
-            await self._await_root()
+            try:
+                await asyncio.to_thread(self._ask)
+            except OSError as error:
+                self._refused = f"{error.filename} cannot be written: {error.strerror}"
+            else:
+                await self._await_root()
             await asyncio.sleep(RETRY_S)
 
     def _due(self) -> bool:
@@ -79,6 +79,12 @@ class Forget:
             return False
         agent = k3s_role(node) is ServerOrAgent.AGENT
         return node.seal is not None and agent and node.phase is NodePhase.READY
+
+    def _ask(self) -> None:
+        """What is kept first: root looks whether it suffices."""
+        memberships.keep(self._paths.state, self._membership)
+        self._paths.forget_result.unlink(missing_ok=True)
+        write_atomically(self._paths.forget, b"", durable=False)
 
     async def _await_root(self) -> None:
         for _ in range(int(ANSWER_S / POLL_S)):

@@ -101,18 +101,25 @@ def _check_needless(paths: Paths, token: bytes) -> None:
     for file in _keepers(paths):
         with contextlib.suppress(FileNotFoundError):
             if token in file.read_bytes()[:KEEPERS_LIMIT_BYTES]:
-                raise MachineError(
-                    f"{file} has it too: the cluster runs without an agent token, so its agents "
-                    "need the server token"
-                )
+                raise MachineError(f"{file} has it too{_why(file, paths)}")
+
+
+def _why(file: Path, paths: Paths) -> str:
+    if file == paths.k3s_token:
+        return ": the cluster runs without an agent token, so its agents need the server token"
+    if paths.k3s_data.parent in file.parents:
+        return ": this machine was a server; remove the data that was moved aside"
+    return "; remove it there"
 
 
 def _keepers(paths: Paths) -> Iterator[Path]:
-    """Every file from which K3s takes its configuration."""
+    """Every file from which K3s takes its configuration, and what it left as a server."""
     directory = paths.k3s_config.parent
     found: Iterable[Path] = directory.rglob("*") if directory.is_dir() else ()
     yield from sorted(each for each in found if each.is_file())
     yield from sorted((paths.root / "etc/systemd/system").glob("k3s*.env"))
+    for name in ("server/token", "server/cred/passwd"):
+        yield from sorted(paths.k3s_data.parent.glob(f"*/{name}"))
 
 
 def _check_kept(paths: Paths, derived: keys.SiteKeys) -> None:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """SIGKILL at each file that ``apply`` puts in place or removes, and the order given again."""
 
-import hashlib
 import json
 import os
 import subprocess
@@ -55,7 +54,7 @@ class Machine:
         paths = self.paths
         for each in (paths.config.parent, paths.run, paths.dropin.parent, paths.k3s_data):
             each.mkdir(parents=True)
-        paths.token.write_text(hashlib.sha256(b"t").hexdigest())
+        paths.token.write_text(site.load().token)
         paths.token.chmod(0o600)
         (root / "install.sh").write_text(INSTALL.format(root=root))
         paths.config.write_text(

@@ -132,6 +132,12 @@ def server_token_elsewhere(paths: Paths) -> None:
     unit.write_text(f"K3S_TOKEN={TOKEN.decode()}\n")
 
 
+def server_data_aside(paths: Paths) -> None:
+    token = paths.k3s_data.with_name("k3s.was-server") / "server/token"
+    token.parent.mkdir(parents=True)
+    token.write_text(f"K10{'a' * 64}::server:{TOKEN.decode()}\n")
+
+
 def rotation(paths: Paths) -> None:
     put(site_token.next_path(paths.token), OTHER)
 
@@ -158,6 +164,7 @@ def kept_of_another_node(paths: Paths) -> None:
         (was_a_server, "is not that of an agent"),
         (server_token, "k3sagentd-token has it too: the cluster runs without an agent token"),
         (server_token_elsewhere, "k3s-agent.service.env has it too"),
+        (server_data_aside, "this machine was a server; remove the data that was moved aside"),
         (rotation, "a rotation is under way"),
         (nothing_kept, "site.json"),
         (kept_of_another_site, "site.json is of another site"),
@@ -290,6 +297,23 @@ def test_why_it_is_not_wiped_is_shown(paths: Paths, monkeypatch) -> None:
     asyncio.run(main())
     assert "the token is still on this machine" in subject.notes()[0]
     assert "the cluster runs without an agent token" in subject.notes()[0]
+
+
+def test_a_disk_that_takes_nothing_is_no_end_of_the_daemon(paths: Paths, monkeypatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device", "/state")
+
+    monkeypatch.setattr(membership, "keep", full)
+    subject = forgetting(paths, member(paths))
+
+    async def main() -> None:
+        task = asyncio.create_task(subject.run())
+        while not subject.notes():
+            await asyncio.sleep(0.01)
+        task.cancel()
+
+    asyncio.run(main())
+    assert "/state cannot be written: No space left on device" in subject.notes()[0]
 
 
 @pytest.mark.parametrize("phase", [NodePhase.JOINING, NodePhase.WAITING])
