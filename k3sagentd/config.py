@@ -36,6 +36,8 @@ OURS = {
     "server": "the registration address is found by the nodes",
     "token": "set token-file of k3sagentd",
     "token-file": "set token-file of k3sagentd",
+    "agent-token": "it follows from the token of the site",
+    "agent-token-file": "it follows from the token of the site",
     "node-name": "it is the hostname, made unique where it must be",
     "datastore-endpoint": "the cluster's datastore is embedded etcd",
     "data-dir": "it is /var/lib/rancher/k3s",
@@ -73,6 +75,7 @@ class Config:
     settle_s: float = 3.0
     abandon_after_s: float = 1800.0
     replace_after_s: float = 1800.0
+    forget_token: bool = False
     fix_cmdline: bool = False
     allow_reboot: bool = False
     ignore_preflight: tuple[str, ...] = ()
@@ -294,6 +297,7 @@ SETTINGS = (
     Setting("settle", _duration, "settle_s"),
     Setting("abandon-after", _duration, "abandon_after_s"),
     Setting("replace-after", _duration, "replace_after_s"),
+    Setting("forget-token", _bool, "forget_token"),
     Setting("fix-cmdline", _bool, "fix_cmdline"),
     Setting("allow-reboot", _bool, "allow_reboot"),
     Setting("ignore-preflight", _checks, "ignore_preflight"),

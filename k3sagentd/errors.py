@@ -50,6 +50,12 @@ class TimedOutError(K3sagentdError):
     exit_code = os.EX_TEMPFAIL
 
 
+class TokenForgottenError(K3sagentdError):
+    """Not a failure: the daemon must begin anew without the token (EX_TEMPFAIL)."""
+
+    exit_code = os.EX_TEMPFAIL
+
+
 class PermissionDeniedError(K3sagentdError):
     """The caller lacks the rights for this, mostly: is not root (EX_NOPERM)."""
 

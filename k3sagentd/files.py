@@ -47,6 +47,16 @@ def write_atomically(path: Path, data: bytes, *, mode: int = 0o644, durable: boo
         fsync_directory(path.parent)
 
 
+def wipe(path: Path) -> None:
+    """Overwrite and remove; a card's own copies of old blocks are beyond us. Raises OSError."""
+    with path.open("r+b") as file:
+        file.write(b"\0" * os.fstat(file.fileno()).st_size)
+        file.flush()
+        os.fsync(file.fileno())
+    path.unlink()
+    fsync_directory(path.parent)
+
+
 def read_bounded(path: Path, limit_bytes: int) -> bytes:
     """Return the bytes of a regular file; more than ``limit_bytes`` raises OSError (EFBIG).
 

@@ -16,6 +16,8 @@ DMI_UUID = "sys/class/dmi/id/product_uuid"
 NETWORK = "sys/class/net"
 MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
 UPLINKS = ("eth", "en", "host", "mv-")
+MARK_KEY = b"k3sagentd hardware mark, version 1"
+"""Not the token's: a mark on a Node outlives a rotation."""
 WORTHLESS = re.compile(r"0*|f*|.*03000200.?0400.?0500.*|(not.*|default.*|to be filled.*)")
 """Serials and UUIDs that makers leave unset: all zeros, all ones, AMI's placeholder."""
 
@@ -42,15 +44,15 @@ def read_hardware(root: Path = Path("/")) -> Hardware:
     )
 
 
-def mark_of(hardware: Hardware, key: bytes) -> str | None:
-    """A mark of this machine that its site alone can tell; None where nothing names it.
+def mark_of(hardware: Hardware) -> str | None:
+    """A mark of this machine that does not show what it is of; None where nothing names it.
 
     The serial alone where there is one, else all that there is: an image does not change it.
     """
     named = hardware.serial or ",".join((hardware.uuid or "", *hardware.macs)).strip(",")
     if not named:
         return None
-    return hmac.new(key, named.encode(), "sha256").hexdigest()[:16]
+    return hmac.new(MARK_KEY, named.encode(), "sha256").hexdigest()[:16]
 
 
 def same_machine(before: Hardware, now: Hardware) -> bool:

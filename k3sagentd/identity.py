@@ -99,6 +99,19 @@ def load_or_create(state: Path, keys: SiteKeys, hardware: Hardware) -> Identity:
     return _identity(keys, key, moved=moved)
 
 
+def load(state: Path, hardware: Hardware) -> Ed25519PrivateKey:
+    """The key of an identity that was made before, on this very machine; raises DataError."""
+    key, binding = _load(state)
+    if not same_machine(binding.hardware, hardware):
+        raise DataError("the card was moved here from another machine")
+    return key
+
+
+def node_id_in(state: Path) -> NodeId:
+    """The id of the identity that lives in ``state``; raises DataError."""
+    return _load(state)[1].node
+
+
 def _identity(keys: SiteKeys, key: Ed25519PrivateKey, *, moved: str | None = None) -> Identity:
     node = node_id_of(key.public_key())
     return Identity(node, key, leaf_certificate(keys, key, node), moved)

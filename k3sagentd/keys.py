@@ -34,11 +34,13 @@ class SiteKeys:
     election_key: bytes
     ca_key: Ed25519PrivateKey
     ca_certificate: x509.Certificate
+    agent_token: str
+    """K3s's agent token: joins agents, and says nothing of the token that joins servers."""
 
-    @property
-    def mdns_name(self) -> str:
-        """The cluster's name on the local network, in every server's certificate."""
-        return f"k3s-{self.site_id[:6]}.local"
+
+def mdns_name(site_id: str) -> str:
+    """The cluster's name on the local network, in every server's certificate."""
+    return f"k3s-{site_id[:6]}.local"
 
 
 def derive(token: bytes) -> SiteKeys:
@@ -50,6 +52,7 @@ def derive(token: bytes) -> SiteKeys:
         election_key=_expand(root, b"k3sagentd election key", 32),
         ca_key=ca_key,
         ca_certificate=_ca_certificate(ca_key),
+        agent_token=_expand(root, b"k3sagentd K3s agent token", 32).hex(),
     )
 
 

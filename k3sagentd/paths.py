@@ -27,6 +27,11 @@ class Paths:
         return self._at("etc/k3sagentd/token")
 
     @property
+    def token_forgotten(self) -> Path:
+        """Root's note that this machine had a token and was told to forget it."""
+        return self._at("etc/k3sagentd/token.forgotten")
+
+    @property
     def state(self) -> Path:
         """Identity and votes: what must survive."""
         return self._at("var/lib/k3sagentd")
@@ -55,6 +60,16 @@ class Paths:
     def errand_result(self) -> Path:
         """From root to the daemon: what became of it, and what root saw."""
         return self.run / "errand-result.json"
+
+    @property
+    def forget(self) -> Path:
+        """From the daemon to root: the token may be wiped."""
+        return self.run / "forget"
+
+    @property
+    def forget_result(self) -> Path:
+        """From root to the daemon: why it was not."""
+        return self.run / "forget-result"
 
     @property
     def facts(self) -> Path:
@@ -140,6 +155,16 @@ class Paths:
     def k3s_token(self) -> Path:
         """The token in the form that K3s is given."""
         return self._at("etc/rancher/k3s/k3sagentd-token")
+
+    @property
+    def k3s_agent_token(self) -> Path:
+        """The token by which a server of K3s takes agents in."""
+        return self._at("etc/rancher/k3s/k3sagentd-agent-token")
+
+    @property
+    def k3s_own_token(self) -> Path:
+        """The server token as a running K3s server has it (K3S.md 2)."""
+        return self.k3s_data / "server/token"
 
     @property
     def k3s_data(self) -> Path:

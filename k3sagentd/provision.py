@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from pathlib import Path
 from k3sagentd import site_token
 from k3sagentd.config import load_config
 from k3sagentd.errors import ConfigError
-from k3sagentd.files import fsync_directory, read_bounded, write_atomically
+from k3sagentd.files import read_bounded, wipe, write_atomically
 from k3sagentd.paths import Paths
 from k3sagentd.yaml_files import files_of
 
@@ -78,6 +77,8 @@ def _take(paths: Paths, source: Source) -> Iterator[str]:
     if token is None:
         return
     if not paths.token.exists():
+        if paths.token_forgotten.exists() and not source.boot:
+            return  # it is given at every boot; on the boot partition somebody put it on purpose
         try:
             site_token.judge(source.token, token.strip())
         except ConfigError as error:
@@ -132,14 +133,9 @@ def _write(path: Path, data: bytes, mode: int) -> None:
 
 
 def _wipe(path: Path) -> bool:
-    """Overwrite and remove; a card's own copies of old blocks are beyond us."""
+    """Overwrite and remove; whether that was done."""
     try:
-        with path.open("r+b") as file:
-            file.write(b"\0" * os.fstat(file.fileno()).st_size)
-            file.flush()
-            os.fsync(file.fileno())
-        path.unlink()
-        fsync_directory(path.parent)
+        wipe(path)
     except OSError as error:
         log.warning("%s: %s", path, error.strerror)
         return False

@@ -11,6 +11,7 @@ import re
 import secrets
 import stat
 import string
+from dataclasses import dataclass
 from pathlib import Path
 
 from k3sagentd.errors import ConfigError
@@ -24,6 +25,39 @@ digits 18 % are neighbours on average, and 60 % in less than one case of ten mil
 KUBEADM = re.compile(r"[a-z0-9]{6}\.[a-z0-9]{16}")
 """K3s refuses this form as a server token (K3s, pkg/clientaccess/token.go)."""
 CREATE_HINT = "make one with: k3sagentd token create"
+NO_CREDENTIAL = b"none"
+"""What the unit passes for a file that is not there (``SetCredential=``, systemd.exec(5))."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """The token that this machine shows, and those that it takes beside it in a rotation."""
+
+    shown: bytes
+    next: bytes | None = None
+    previous: bytes | None = None
+
+    @property
+    def accepted(self) -> tuple[bytes, ...]:
+        """The one that is shown, then the others; each once."""
+        others = (each for each in (self.next, self.previous) if each is not None)
+        return tuple(dict.fromkeys((self.shown, *others)))
+
+    @property
+    def newest_first(self) -> tuple[bytes, ...]:
+        """In the order in which a site went from one to the other, the last first."""
+        every = (self.next, self.shown, self.previous)
+        return tuple(dict.fromkeys(each for each in every if each is not None))
+
+
+def next_path(token_file: Path) -> Path:
+    """The token that the site is going to."""
+    return token_file.with_name(f"{token_file.name}.next")
+
+
+def previous_path(token_file: Path) -> Path:
+    """The token that the site comes from."""
+    return token_file.with_name(f"{token_file.name}.previous")
 
 
 def generate() -> str:
@@ -55,13 +89,44 @@ def load(path: Path) -> bytes:
     A credential named ``token`` that systemd passes (``LoadCredential=``, systemd.exec(5)) goes
     before the file: then only root ever read the file.
     """
+    found = _credential("token", path)
+    if found is None or found == NO_CREDENTIAL:
+        found = _read(path, private=True)
+    return judge(path, found)
+
+
+def load_all(path: Path) -> Tokens:
+    """The token of ``token-file`` and those beside it, judged alike; raises ConfigError."""
+    return Tokens(
+        load(path),
+        next=_beside(next_path(path), "token.next"),
+        previous=_beside(previous_path(path), "token.previous"),
+    )
+
+
+def load_unless_forgotten(path: Path, note: Path) -> Tokens | None:
+    """As ``load_all``; None where root wiped it and left its ``note`` (``forget-token``)."""
+    if note.exists() and not path.exists():
+        return None
+    return load_all(path)
+
+
+def _beside(path: Path, credential: str) -> bytes | None:
+    found = _credential(credential, path)
+    if found is None and path.exists():
+        found = _read(path, private=True)
+    return None if found is None or found == NO_CREDENTIAL else judge(path, found)
+
+
+def _credential(name: str, path: Path) -> bytes | None:
+    """What systemd passes of the file ``path``; None where it passes nothing."""
     directory = os.environ.get("CREDENTIALS_DIRECTORY")
-    credential = Path(directory, "token") if directory else None
-    if credential is not None and credential.exists():
-        with contextlib.suppress(OSError):  # the daemon may see the file's mode, if not more
-            _check_mode(path, path.stat().st_mode)
-        return judge(path, _read(credential))
-    return judge(path, _read(path, private=True))
+    if directory is None or not Path(directory, name).exists():
+        return None
+    data = _read(Path(directory, name))
+    with contextlib.suppress(OSError):  # the daemon may see the file's mode, if not more
+        _check_mode(path, path.stat().st_mode)
+    return data
 
 
 def _read(path: Path, *, private: bool = False) -> bytes:

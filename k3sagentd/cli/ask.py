@@ -17,6 +17,7 @@ from k3sagentd.yaml_files import files_of
 
 WATCH_S = 60.0
 RETRY_S = 0.5
+REFUSED_SHOWN = 3
 GREEN, YELLOW, RED, PLAIN = "\x1b[32m", "\x1b[33m", "\x1b[31m", "\x1b[0m"
 COLOURS = {"ready": GREEN, "sealed": GREEN, "failed": RED, "conflict": RED}
 
@@ -60,7 +61,7 @@ def _unconfigured(paths: Paths) -> str | None:
     missing = []
     if not files_of(paths.config):
         missing.append(f"{paths.config} (with at least nodes: N)")
-    if not paths.token.exists():
+    if not paths.token.exists() and not paths.token_forgotten.exists():
         missing.append(f"{paths.token} (k3sagentd token create, once; then copy it)")
     if not missing:
         return None
@@ -115,11 +116,15 @@ def table(found: dict[str, Any], *, colour: bool | None = None) -> str:
         ("Machines", f"{site['seen']} of {site['nodes']} here, {site['quorum']} must agree"),
         ("This node", f"{node['name']} ({node['id'][:8]}), {node['role']}, {node['phase']}"),
     ]
+    if also := site.get("also"):
+        facts.insert(1, ("Takes also", f"{' '.join(also)} (the token is being rotated)"))
     if site["registration"]:
         facts.append(("Register at", " ".join(site["registration"])))
     if node["waiting_for"]:
         facts.append(("Waiting for", node["waiting_for"]))
     facts += [("Note", note) for note in node["notes"]]
+    refused = node.get("refused", [])[-REFUSED_SHOWN:]
+    facts += [("Refuses", f"{each['address']}: {each['reason']}") for each in refused]
     width = max(len(name) for name, _ in facts)
     lines = [f"{name:>{width}}: {value}" for name, value in facts]
     return "\n".join([*lines, "", *rows(found["nodes"], colour=colour)])

@@ -80,7 +80,12 @@ def parser(*, with_lab: bool = True) -> argparse.ArgumentParser:
     )
     create = token.add_parser("create", help="write a new token; never overwrites one")
     create.add_argument("--file", type=Path, help="default: /etc/k3sagentd/token")
+    create.add_argument("--next", action="store_true", help="one for the site to change to")
     create.set_defaults(run=_token_create)
+    rotate = token.add_parser("rotate", help="show the next token, still taking the one before")
+    rotate.set_defaults(run=_token_rotate)
+    forget = token.add_parser("forget", help="take the token before the rotation no more")
+    forget.set_defaults(run=_token_forget)
     config = commands.add_parser("config", help="the configuration").add_subparsers(
         dest="config_command", required=True, metavar="COMMAND"
     )
@@ -152,14 +157,15 @@ def _run(arguments: argparse.Namespace) -> int:
         logging.warning("%s", paths.left.read_text().strip())
         return 0
     config = load_config(paths)
-    token = site_token.load(config.token_file)
+    tokens = site_token.load_unless_forgotten(config.token_file, paths.token_forgotten)
     paths.run.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(max_workers=1) as pool:
         # scrypt is slow by design and leaves the interpreter free: load the rest meanwhile.
-        derived = pool.submit(keys.derive, token)
+        accepted = tokens.accepted if tokens is not None else ()
+        derived = [pool.submit(keys.derive, each) for each in accepted]
         from k3sagentd.daemon import run
     try:
-        asyncio.run(run.main(config, token, derived.result(), paths))
+        asyncio.run(run.main(config, tokens, tuple(each.result() for each in derived), paths))
     except ExceptionGroup as group:
         mine, rest = group.split(K3sagentdError)
         if rest is not None or mine is None:
@@ -245,11 +251,33 @@ def _repair(arguments: argparse.Namespace) -> int:
 
 
 def _token_create(arguments: argparse.Namespace) -> int:
-    from k3sagentd import site_token
+    from k3sagentd import rotation, site_token
 
     path = arguments.file or Paths().token
+    if arguments.next:
+        _need_root("token create --next")
+        print(rotation.create_next(Paths(), path))
+        return 0
     site_token.create(path)
     print(f"{path}: made; put the same file on every machine of the site")
+    return 0
+
+
+def _token_rotate(arguments: argparse.Namespace) -> int:
+    from k3sagentd import rotation
+    from k3sagentd.config import load_config
+
+    _need_root("token rotate")
+    print(rotation.rotate(Paths(), load_config(Paths()).token_file))
+    return 0
+
+
+def _token_forget(arguments: argparse.Namespace) -> int:
+    from k3sagentd import rotation
+    from k3sagentd.config import load_config
+
+    _need_root("token forget")
+    print(rotation.forget_previous(Paths(), load_config(Paths()).token_file))
     return 0
 
 
@@ -259,7 +287,7 @@ def _config_check(arguments: argparse.Namespace) -> int:
 
     paths = Paths()
     config = load_config(paths)
-    site_token.load(config.token_file)
+    site_token.load_unless_forgotten(config.token_file, paths.token_forgotten)
     print(
         f"{paths.config}: fine: {config.nodes} machines, {config.servers} servers, "
         f"role {config.role}, install by {config.install.method}"

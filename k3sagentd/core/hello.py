@@ -10,7 +10,7 @@ from k3sagentd.core import guards, ranking
 from k3sagentd.core.k3s import Action, Datastore, Outcome, ServerOrAgent
 from k3sagentd.core.messages import Hello
 from k3sagentd.core.state import Node
-from k3sagentd.core.words import NodePhase
+from k3sagentd.core.words import NodePhase, Role
 
 K3S_PORT = 6443
 parts = attrgetter("announced", "site", "durable", "address", "phase", "facts", "drive", "k3s")
@@ -113,7 +113,7 @@ def own_hello(node: Node) -> Hello:
         port=node.site.port,
         nodes=node.nodes,
         servers=node.site.servers,
-        role=node.site.role,
+        role=Role.AGENT if node.site.tokenless else node.site.role,
         fitness=ranking.fitness_class(node.facts.fsync_ms if node.facts else None),
         may_vote=node.durable.muted is None and node.facts is not None,
         has_voted=bool(node.log) or not node.durable.acceptor.blank,

@@ -48,6 +48,8 @@ class Site:
     """A mark of the machine-id, which no two machines should share; nothing is decided by it."""
     hardware: str | None = None
     """A mark of the hardware, which outlives a new image: who has it is the same machine."""
+    tokenless: bool = False
+    """It forgot the site's token (``forget-token``): it stays an agent."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 
 from k3sagentd.core.events import FactsRead, K3sProbed, ResultRead
 from k3sagentd.core.hello import k3s_role
@@ -17,7 +17,7 @@ from k3sagentd.errors import DataError
 from k3sagentd.k3s import clock
 from k3sagentd.k3s.facts import read_facts
 from k3sagentd.k3s.order import read_result, write_order
-from k3sagentd.k3s.probe import probe
+from k3sagentd.k3s.probe import Passwords, probe
 from k3sagentd.paths import Paths
 
 log = logging.getLogger(__name__)
@@ -33,11 +33,15 @@ class Drive:
     """Follows what root does, and looks at the K3s that runs."""
 
     def __init__(
-        self, engine: Engine, paths: Paths, token: str, clocks: Callable[[], Mapping[str, float]]
+        self,
+        engine: Engine,
+        paths: Paths,
+        node_passwords: Sequence[str],
+        clocks: Callable[[], Mapping[str, float]],
     ) -> None:
         self._engine = engine
         self._paths = paths
-        self._token = token
+        self._passwords = Passwords(node_passwords)
         self._clocks = clocks
         self._wake = asyncio.Event()
         self._orders = 0
@@ -119,7 +123,7 @@ class Drive:
         if role is None:
             return
         orders = self._orders
-        state = await probe(role, self._token)
+        state = await probe(role, self._passwords)
         order = self._engine.node.drive.order
         stale = orders != self._orders or (order and order.action is Action.STAND_DOWN)
         if not stale and state != self._engine.node.k3s:

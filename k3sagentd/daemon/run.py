@@ -28,20 +28,22 @@ from k3sagentd.core.words import NodeId
 from k3sagentd.daemon.drive import Drive
 from k3sagentd.daemon.engine import Engine
 from k3sagentd.daemon.errands import Errands
+from k3sagentd.daemon.forget import Forget
 from k3sagentd.daemon.links import Links, Receiver
 from k3sagentd.discovery import addresses, seeds
 from k3sagentd.discovery.api_name import ApiName
 from k3sagentd.discovery.mdns import Mdns
 from k3sagentd.discovery.table import Source
 from k3sagentd.errors import MachineError
-from k3sagentd.hardware import Hardware, mark_of
-from k3sagentd.identity import Identity, load_or_create
+from k3sagentd.hardware import mark_of
 from k3sagentd.k3s.facts import MachineFacts, read_facts
-from k3sagentd.keys import SiteKeys
+from k3sagentd.keys import SiteKeys, mdns_name
+from k3sagentd.membership import Membership, from_kept, from_tokens
 from k3sagentd.paths import Paths
 from k3sagentd.peer.client import PeerClient
 from k3sagentd.peer.server import PeerServer
 from k3sagentd.peer.tls import client_context, server_context
+from k3sagentd.site_token import Tokens
 
 log = logging.getLogger(__name__)
 
@@ -57,21 +59,16 @@ class Daemon:
     """The parts of one run, joined."""
 
     def __init__(
-        self,
-        config: Config,
-        paths: Paths,
-        token: bytes,
-        keys: SiteKeys,
-        identity: Identity,
-        hardware: Hardware,
+        self, config: Config, paths: Paths, membership: Membership, hardware: str | None
     ) -> None:
         self._config = config
-        self._keys = keys
+        self._membership = membership
+        identity, authorities = membership.identity, membership.authorities
         site = Site(
             nodes=config.nodes,
             servers=config.servers,
             role=config.role,
-            election_key=keys.election_key,
+            election_key=membership.election_key,
             hostname=label(socket.gethostname()),
             instance=secrets.token_hex(8),
             port=config.port,
@@ -79,24 +76,30 @@ class Daemon:
             abandon_after_s=config.abandon_after_s,
             replace_after_s=config.replace_after_s,
             fixed_addresses=config.fixed_addresses,
-            machine=systemd.machine_mark(keys.site_id),
-            hardware=mark_of(hardware, keys.election_key),
+            machine=systemd.machine_mark(membership.site_id),
+            hardware=hardware,
+            tokenless=membership.tokenless,
         )
         durable = store.load(paths.state, identity.node)
         node: Node = machine.new_node(site, durable, time.monotonic())
         self.engine = Engine(node, paths.state, self)
-        self._client = PeerClient(client_context(keys, identity))
+        self._client = PeerClient(client_context(authorities, identity))
         self._links = Links(self.engine, self._client, config.abandon_after_s)
         self._receiver = Receiver(self.engine, self._links)
         self._server = PeerServer(
-            server_context(keys, identity), config.port, self._receiver, self._links.refused
+            server_context(authorities, identity),
+            config.port,
+            self._receiver,
+            self._links.refused,
         )
         self._errands = Errands(paths, self._errand_ended)
-        self.drive = Drive(self.engine, paths, token.decode(), self._links.clocks)
-        self._api_name = ApiName(keys.mdns_name)
+        self.drive = Drive(self.engine, paths, membership.node_passwords, self._links.clocks)
+        self._forget = Forget(self.engine, config, paths, membership)
+        self._api_name = ApiName(mdns_name(membership.site_id))
         self._mdns = Mdns(
             node=identity.node,
-            site_id=keys.site_id,
+            site_id=membership.site_id,
+            accepted=membership.site_ids,
             port=config.port,
             api_name=self._api_name,
             on_target=lambda target: self._links.sighted(target, Source.MDNS),
@@ -160,8 +163,10 @@ class Daemon:
         await self.engine.changed(after, wait_s)
         node = self.engine.node
         document = status.as_json(node, time.monotonic())
-        document["site"]["id"] = self._keys.site_id
+        document["site"]["id"] = self._membership.site_id
+        document["site"]["also"] = sorted(self._membership.site_ids - {self._membership.site_id})
         document["site"]["registration"] += self._by_name()
+        document["node"]["notes"] += self._forget.notes()
         document["events"] = [
             {"number": number, "time": round(at, 3), "text": text}
             for number, at, text in self.engine.reports
@@ -182,7 +187,7 @@ class Daemon:
     def _by_name(self) -> list[str]:
         """The way in by mDNS, for people and never for joiners: not every machine resolves it."""
         live = live_servers(self.engine.node)
-        return [url_of(self._keys.mdns_name)] if live else []
+        return [url_of(mdns_name(self._membership.site_id))] if live else []
 
     async def force(self) -> str | None:
         """For ``k3sagentd cluster-init --force``."""
@@ -224,6 +229,7 @@ class Daemon:
                 tasks.create_task(self._errands.run())
                 tasks.create_task(self._follow_addresses())
                 tasks.create_task(_watchdog())
+                tasks.create_task(self._forget.run())
                 for seed in self._config.seeds:
                     tasks.create_task(
                         seeds.follow(
@@ -307,15 +313,24 @@ async def _facts(paths: Paths) -> MachineFacts:
     return found
 
 
-async def main(config: Config, token: bytes, keys: SiteKeys, paths: Paths) -> None:
-    """Run the daemon until SIGTERM or SIGINT; raises K3sagentdError."""
+async def main(
+    config: Config, tokens: Tokens | None, keys: tuple[SiteKeys, ...], paths: Paths
+) -> None:
+    """Run the daemon until SIGTERM or SIGINT; raises K3sagentdError.
+
+    ``keys`` are those of ``tokens.accepted``. Without tokens: with what was kept of one.
+    """
     this = asyncio.current_task()
     assert this is not None
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, this.cancel)
-    found = await _facts(paths)
-    identity = load_or_create(paths.state, keys, found.hardware)
-    log.info("node %s of site %s, pid %d", identity.node, keys.site_id, os.getpid())
+    hardware = (await _facts(paths)).hardware
+    if tokens is None:
+        membership = from_kept(paths.state, hardware)
+    else:
+        membership = from_tokens(tokens, keys, paths.state, hardware)
+    node = membership.identity.node
+    log.info("node %s of site %s, pid %d", node, membership.site_id, os.getpid())
     with contextlib.suppress(asyncio.CancelledError):
-        await Daemon(config, paths, token, keys, identity, found.hardware).run()
+        await Daemon(config, paths, membership, mark_of(hardware)).run()

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import ipaddress
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Set
 
 from zeroconf import IPVersion, ServiceStateChange, Zeroconf
 from zeroconf.asyncio import AsyncServiceBrowser, AsyncServiceInfo, AsyncZeroconf
@@ -32,13 +32,17 @@ OnTarget = Callable[[Target], None]
 
 
 class Mdns:
-    """One presence on the wire, bound to one address; a new address needs a new one."""
+    """One presence on the wire, bound to one address; a new address needs a new one.
+
+    Announced is one site id, looked for are all that are ``accepted``.
+    """
 
     def __init__(
         self,
         *,
         node: NodeId,
         site_id: str,
+        accepted: Set[str],
         port: int,
         api_name: ApiName,
         on_target: OnTarget,
@@ -47,6 +51,7 @@ class Mdns:
         self._node = node
         self._api_name = api_name
         self._site_id = site_id
+        self._accepted = accepted
         self._port = port
         self._on_target = on_target
         self._on_gone = on_gone
@@ -129,7 +134,7 @@ class Mdns:
             log.debug("cannot resolve %s: %s", name, error)
 
     def _seen(self, name: str, info: AsyncServiceInfo) -> None:
-        if _text(info, b"site") != self._site_id or not info.port:
+        if _text(info, b"site") not in self._accepted or not info.port:
             return
         addresses = info.parsed_scoped_addresses()
         if not addresses:

@@ -19,7 +19,7 @@ from typing import Any
 from k3sagentd.core.k3s import Action, Datastore, ServerOrAgent
 from k3sagentd.errors import ConfigError, HopelessError
 from k3sagentd.files import read_bounded
-from k3sagentd.k3s import dropin
+from k3sagentd.k3s import credentials, dropin
 from k3sagentd.k3s.convert import check_version, convert
 from k3sagentd.k3s.data import datastore, write
 from k3sagentd.k3s.ownership import answers
@@ -49,8 +49,8 @@ def adopt(work: Work) -> Iterator[str]:
     elif work.order.action is Action.JOIN and _was_converted(work):
         yield "tell K3s of the other servers"
         server = find(work)
-        secret = dropin.secure_token(work.order, work.token) + "\n"
-        write(work.paths.k3s_token, secret.encode(), 0o600)
+        given = credentials.choose(work.order, server, work.tokens, work.paths)
+        write(work.paths.k3s_token, f"{given.token}\n".encode(), 0o600)
         _say(work, {"server": server, "token-file": str(work.paths.k3s_token)})
     if not work.install.running() and not answers():
         yield "start K3s as its operator set it up"
@@ -130,7 +130,8 @@ def _given(work: Work) -> tuple[str | None, str]:
 
 def _compare(work: Work, found: str, where: str) -> None:
     password = found.rpartition(":")[2].encode()
-    if not hmac.compare_digest(password, work.token):
+    accepted = work.tokens.accepted if work.tokens is not None else ()
+    if accepted and not any(hmac.compare_digest(password, token) for token in accepted):
         raise HopelessError(
             f"K3s's token in {where} is not the site's token, and K3s takes no other: put its "
             f"password (what follows the last colon) into {work.config.token_file} on all machines"

@@ -12,7 +12,6 @@ import logging
 import os
 from collections.abc import Iterator
 
-from k3sagentd import site_token
 from k3sagentd.config import load_config
 from k3sagentd.core.k3s import Action, Datastore, Order, Outcome, Result
 from k3sagentd.errors import ConfigError, HopelessError, K3sagentdError
@@ -20,6 +19,7 @@ from k3sagentd.k3s import change_role, errand, facts, keepalived, order, underwa
 from k3sagentd.k3s.adopt import adopt
 from k3sagentd.k3s.clock import Clock
 from k3sagentd.k3s.data import ca_hash, datastore, read_marker
+from k3sagentd.k3s.forget import forget
 from k3sagentd.k3s.install import method
 from k3sagentd.k3s.make import install, make
 from k3sagentd.k3s.ownership import is_adopted
@@ -28,6 +28,7 @@ from k3sagentd.k3s.servers import find
 from k3sagentd.k3s.stand_down import asked_for, stand_down
 from k3sagentd.k3s.work import Work
 from k3sagentd.paths import Paths
+from k3sagentd.site_token import load_unless_forgotten
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ def apply(paths: Paths) -> int:
         taken = order.take_order(paths)
         code = 0 if taken is None else _run(paths, taken)
         errand.run(paths)
+        forget(paths)
         return code
 
 
@@ -63,9 +65,9 @@ def _run(paths: Paths, what: Order) -> int:
         underway.check(paths)
         step = "read the configuration"
         config = load_config(paths)
-        token = site_token.load(config.token_file)
+        tokens = load_unless_forgotten(config.token_file, paths.token_forgotten)
         tool = method(config, paths)
-        work = Work(order=what, config=config, paths=paths, token=token, install=tool)
+        work = Work(order=what, config=config, paths=paths, tokens=tokens, install=tool)
         said = ""
         for step in steps(work):
             if step != said:

@@ -23,17 +23,19 @@ from k3sagentd.yaml_files import Merged, load, merge
 log = logging.getLogger(__name__)
 
 HEADER = "# Written by k3sagentd for this node; changes here are overwritten.\n"
-DECISIVE = ("cluster-init", "server", "token", "token-file", "datastore-endpoint", "cluster-reset")
-"""Keys that decide which cluster a start of K3s makes or joins (K3S.md 1)."""
+SECRET = ("token", "agent-token")
+DECISIVE = (
+    "cluster-init",
+    "server",
+    *SECRET,
+    "token-file",
+    "agent-token-file",
+    "datastore-endpoint",
+    "cluster-reset",
+)
+"""Keys that decide which cluster a start of K3s makes or joins (K3S.md 1), and who may join it."""
 ADDRESS = ("node-ip", "flannel-iface")
 """Keys that follow this machine's address, except where etcd knows it by another (K3S.md 8)."""
-
-
-def secure_token(order: Order, token: bytes) -> str:
-    """The short form for the first server, else the form that is bound to the CA (K3S.md 2)."""
-    if order.action is Action.JOIN:
-        return f"K10{order.ca_hash}::server:{token.decode()}"
-    return token.decode()
 
 
 def contents(
@@ -43,9 +45,14 @@ def contents(
     paths: Paths,
     at: Attachment | None,
     names: tuple[str, ...] = (),
+    *,
+    agent_token: bool = False,
 ) -> dict[str, Any]:
     """The drop-in's keys for ``order``; ``server`` is the address that was checked, ``names`` are
-    those of the cluster beside its fixed addresses."""
+    those of the cluster beside its fixed addresses.
+
+    ``agent_token``: this server takes agents in by a token of their own.
+    """
     operator = merge(paths.k3s_config, without=paths.dropin).values
     options = configured(config, operator)
     if order.role is ServerOrAgent.AGENT:
@@ -60,6 +67,8 @@ def contents(
     else:
         values["server"] = server
     values["token-file"] = str(paths.k3s_token)
+    if agent_token:
+        values["agent-token-file"] = str(paths.k3s_agent_token)
     values["node-name"] = order.node_name
     for key, value in _address(paths, at).items():
         if key not in operator:
@@ -119,10 +128,12 @@ def present(paths: Paths) -> dict[str, Any]:
     return load(paths.dropin) if paths.dropin.exists() else {}
 
 
-def check(order: Order, server: str | None, paths: Paths) -> None:
+def check(order: Order, server: str | None, paths: Paths, *, agent_token: bool = False) -> None:
     """Read K3s's configuration as K3s will, and raise ConfigError unless it says what we mean."""
     merged = merge(paths.k3s_config)
     wanted: dict[str, Any] = {"token-file": str(paths.k3s_token)}
+    if agent_token:
+        wanted["agent-token-file"] = str(paths.k3s_agent_token)
     if order.action is Action.INIT:
         wanted["cluster-init"] = True
     else:
@@ -140,7 +151,8 @@ def check(order: Order, server: str | None, paths: Paths) -> None:
 
 
 def _complain(merged: Merged, key: str, paths: Paths) -> None:
+    found = "set" if key in SECRET else repr(merged.values[key])
     raise ConfigError(
-        f"{merged.file_of(key)}: {key} is {merged.values[key]!r}; allowed: what {paths.dropin} "
-        f"says; remove {key} there"
+        f"{merged.file_of(key)}: {key} is {found}; allowed: what {paths.dropin} says; remove {key} "
+        "there"
     )

@@ -14,9 +14,10 @@ from typing import Any
 from k3sagentd import keys
 from k3sagentd.core.k3s import Action, Datastore, ServerOrAgent
 from k3sagentd.discovery.addresses import attachment
-from k3sagentd.k3s import dropin, keepalived
+from k3sagentd.k3s import credentials, dropin, keepalived
 from k3sagentd.k3s.change_role import change, is_change
 from k3sagentd.k3s.convert import check_version, convert
+from k3sagentd.k3s.credentials import Credentials
 from k3sagentd.k3s.data import datastore, write, write_marker
 from k3sagentd.k3s.stand_down import asked_for
 from k3sagentd.k3s.work import Work
@@ -36,17 +37,23 @@ def install(work: Work) -> None:
 
 def make(work: Work, server: str | None) -> Iterator[str]:
     """Make this machine's K3s what the order says; ``server`` is the address that was checked."""
-    site = keys.derive(work.token) if work.order.role is ServerOrAgent.SERVER else None
-    yield from _make(work, server, (site.mdns_name,) if site is not None else ())
-    if site is None or work.config.virtual_ip is None:
+    is_server = work.order.role is ServerOrAgent.SERVER and work.tokens is not None
+    accepted = work.tokens.accepted if is_server and work.tokens is not None else ()
+    sites = [keys.derive(token).site_id for token in accepted]
+    yield "choose K3s's token"
+    given = credentials.choose(work.order, server, work.tokens, work.paths)
+    yield from _make(work, given, given.server or server, tuple(map(keys.mdns_name, sites)))
+    if not sites or work.config.virtual_ip is None:
         keepalived.withdraw(work.config, work.paths)
         return
     yield "give the virtual address to keepalived"
     at = attachment(work.config.interface, work.config.virtual_ip)
-    keepalived.keep(work.config, work.paths, at, site.site_id, work.order)
+    keepalived.keep(work.config, work.paths, at, sites[0], work.order)
 
 
-def _make(work: Work, server: str | None, names: tuple[str, ...]) -> Iterator[str]:
+def _make(
+    work: Work, given: Credentials, server: str | None, names: tuple[str, ...]
+) -> Iterator[str]:
     paths, order, data = work.paths, work.order, work.paths.k3s_data
     member = datastore(data) in MEMBERS and not is_change(work)
     if not member or not work.install.installed(order.role):
@@ -63,9 +70,9 @@ def _make(work: Work, server: str | None, names: tuple[str, ...]) -> Iterator[st
     data.mkdir(parents=True, exist_ok=True)
     if order.action is Action.INIT and datastore(data) is Datastore.NONE:
         write_marker(data, asked_for(work))
-    _write(work, server, names)
+    _write(work, given, server, names)
     yield "check what K3s will read"
-    dropin.check(order, server, paths)
+    dropin.check(order, server, paths, agent_token=given.agent_token is not None)
     if converts:
         yield from convert(work)
         return
@@ -79,19 +86,27 @@ def _make(work: Work, server: str | None, names: tuple[str, ...]) -> Iterator[st
     paths.restart.unlink(missing_ok=True)
 
 
-def _write(work: Work, server: str | None, names: tuple[str, ...]) -> None:
-    """Token file and drop-in; what must be followed by a restart says so first, lest a kill in
+def _write(work: Work, given: Credentials, server: str | None, names: tuple[str, ...]) -> None:
+    """Token files and drop-in; what must be followed by a restart says so first, lest a kill in
     between lose it."""
     paths, order = work.paths, work.order
-    secret = dropin.secure_token(order, work.token) + "\n"
+    own_token = given.agent_token is not None
+    running = work.install.running()
     paths.dropin.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-    write(paths.k3s_token, secret.encode(), 0o600)
+    if own_token:
+        write(paths.k3s_agent_token, f"{given.agent_token}\n".encode(), 0o600)
+    token_changed = write(paths.k3s_token, f"{given.token}\n".encode(), 0o600)
+    if running and token_changed and credentials.is_stuck(order.role):
+        # An agent reads its token once, and asks with it for ever (K3S.md 8).
+        paths.restart.touch()
     before = dropin.present(paths)
     at = attachment(work.config.interface, work.config.virtual_ip)
-    values = dropin.contents(order, server, work.config, paths, at, names)
-    if work.install.running() and _needs_restart(work, before, values):
+    values = dropin.contents(order, server, work.config, paths, at, names, agent_token=own_token)
+    if running and _needs_restart(work, before, values):
         paths.restart.touch()
     write(paths.dropin, dropin.render(values), 0o600)
+    if not own_token:
+        paths.k3s_agent_token.unlink(missing_ok=True)
 
 
 def _needs_restart(work: Work, before: Mapping[str, Any], values: Mapping[str, Any]) -> bool:

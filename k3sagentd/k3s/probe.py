@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ssl
+from collections.abc import Iterable, Iterator
 
 import aiohttp
 
@@ -14,13 +15,32 @@ TIMEOUT_S = 5.0
 BODY_LIMIT_BYTES = 256 * 1024
 
 
-async def probe(role: ServerOrAgent, token: str) -> K3sState:
+class Passwords:
+    """What K3s may take for its user ``node``, the one that it took last first.
+
+    The agent token, or the server token where the cluster runs without one; in a rotation of the
+    site's token, those of the other tokens too.
+    """
+
+    def __init__(self, passwords: Iterable[str]) -> None:
+        self._passwords = list(passwords)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(tuple(self._passwords))
+
+    def took(self, password: str) -> None:
+        """Begin with it the next time: K3s writes a line for each that it refuses."""
+        self._passwords.remove(password)
+        self._passwords.insert(0, password)
+
+
+async def probe(role: ServerOrAgent, passwords: Passwords) -> K3sState:
     """Look once; never raises for a K3s that does not answer."""
     timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
     async with aiohttp.ClientSession(timeout=timeout) as session:
         if role is ServerOrAgent.AGENT:
             return await _agent(session)
-        return await _server(session, token)
+        return await _server(session, passwords)
 
 
 async def _agent(session: aiohttp.ClientSession) -> K3sState:
@@ -31,7 +51,7 @@ async def _agent(session: aiohttp.ClientSession) -> K3sState:
     return K3sState(running=True, ready=ready, detail=f"the kubelet answers {status}")
 
 
-async def _server(session: aiohttp.ClientSession, token: str) -> K3sState:
+async def _server(session: aiohttp.ClientSession, passwords: Passwords) -> K3sState:
     base = "https://127.0.0.1:6443"
     status, body = await _get(session, f"{base}/ping")
     if status == 0:
@@ -42,11 +62,23 @@ async def _server(session: aiohttp.ClientSession, token: str) -> K3sState:
     ca_hash = hash_of_cacerts(body) if status == 200 else None
     if ca_hash is None:
         return K3sState(running=True, detail="its server has no CA certificate yet")
-    status, body = await _get(session, f"{base}/v1-k3s/readyz", aiohttp.BasicAuth("node", token))
+    status = await _readyz(session, f"{base}/v1-k3s/readyz", passwords)
     # Older releases have no readyz; then pong is all there is.
     ready = status in (200, 404)
     detail = "ready" if ready else f"its server is up but not ready ({status})"
     return K3sState(running=True, ready=ready, ca_hash=ca_hash, detail=detail)
+
+
+async def _readyz(session: aiohttp.ClientSession, url: str, passwords: Passwords) -> int:
+    """The status as user ``node``, by the first password that is not refused."""
+    status = 401
+    for password in passwords:
+        status, _ = await _get(session, url, aiohttp.BasicAuth("node", password))
+        if status != 401:
+            if status:
+                passwords.took(password)
+            break
+    return status
 
 
 async def _get(

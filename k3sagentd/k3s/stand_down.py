@@ -26,7 +26,7 @@ def stand_down(work: Work) -> Iterator[str]:
     data = work.paths.k3s_data
     if read_marker(data) is not None:
         put_aside(data, f"{data.name}.abandoned-{work.order.epoch}")
-    for path in (work.paths.dropin, work.paths.k3s_token):
+    for path in (work.paths.dropin, work.paths.k3s_token, work.paths.k3s_agent_token):
         path.unlink(missing_ok=True)
     keepalived.withdraw(work.config, work.paths)
 

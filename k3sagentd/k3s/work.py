@@ -9,6 +9,7 @@ from k3sagentd.config import Config
 from k3sagentd.core.k3s import Order
 from k3sagentd.k3s.install import Method
 from k3sagentd.paths import Paths
+from k3sagentd.site_token import Tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,5 +19,6 @@ class Work:
     order: Order
     config: Config
     paths: Paths
-    token: bytes
+    tokens: Tokens | None
+    """None on an agent that forgot the site's (``forget-token``)."""
     install: Method

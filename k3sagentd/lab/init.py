@@ -79,7 +79,8 @@ def _live(paths: Paths, ran: Path) -> None:
         time.sleep(POLL_S)
         if apply is not None and apply.poll() is not None:
             apply = None
-        if apply is None and (paths.order.exists() or paths.errand.exists()):
+        asked = (paths.order, paths.errand, paths.forget)
+        if apply is None and any(each.exists() for each in asked):
             apply = subprocess.Popen([*PROGRAM, "apply"])
         if daemon is None:
             daemon = _start_daemon() if paths.token.exists() else None

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TLS between peers: version 1.3, both ends verified against the site CA, clock ignored.
+"""TLS between peers: version 1.3, both ends verified against the site's CA, clock ignored.
+
+While a site's token is rotated it has more than one CA; each node shows the certificate of one.
 
 Who is at the other end is its node id: the hash of the public key in its verified certificate.
 Host names and addresses mean nothing here.
@@ -10,6 +12,7 @@ from __future__ import annotations
 import os
 import ssl
 from asyncio import sslproto
+from collections.abc import Iterable
 
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -18,7 +21,6 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from k3sagentd.core.words import NodeId
 from k3sagentd.errors import PeerError
 from k3sagentd.identity import Identity, node_id_of
-from k3sagentd.keys import SiteKeys
 
 NO_CHECK_TIME = 0x200000
 """OpenSSL's X509_V_FLAG_NO_CHECK_TIME: a Pi has no clock at boot, and it decides nothing here."""
@@ -30,25 +32,26 @@ two connections for each peer would be most of the daemon's memory."""
 sslproto.SSLProtocol.max_size = BUFFER_BYTES
 
 
-def server_context(keys: SiteKeys, identity: Identity) -> ssl.SSLContext:
+def server_context(authorities: Iterable[x509.Certificate], identity: Identity) -> ssl.SSLContext:
     """For the end that listens."""
-    return _context(ssl.PROTOCOL_TLS_SERVER, keys, identity)
+    return _context(ssl.PROTOCOL_TLS_SERVER, authorities, identity)
 
 
-def client_context(keys: SiteKeys, identity: Identity) -> ssl.SSLContext:
+def client_context(authorities: Iterable[x509.Certificate], identity: Identity) -> ssl.SSLContext:
     """For the end that connects."""
-    return _context(ssl.PROTOCOL_TLS_CLIENT, keys, identity)
+    return _context(ssl.PROTOCOL_TLS_CLIENT, authorities, identity)
 
 
-def _context(protocol: int, keys: SiteKeys, identity: Identity) -> ssl.SSLContext:
+def _context(
+    protocol: int, authorities: Iterable[x509.Certificate], identity: Identity
+) -> ssl.SSLContext:
     context = ssl.SSLContext(protocol)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_REQUIRED
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.verify_flags |= NO_CHECK_TIME
-    context.load_verify_locations(
-        cadata=keys.ca_certificate.public_bytes(Encoding.PEM).decode("ascii")
-    )
+    pems = [each.public_bytes(Encoding.PEM).decode("ascii") for each in authorities]
+    context.load_verify_locations(cadata="".join(pems))
     if protocol == ssl.PROTOCOL_TLS_SERVER:
         context.num_tickets = 0  # a resumed session would skip the certificate
     _load_key(context, identity)

@@ -18,7 +18,8 @@ complete -c k3sagentd -n '__fish_seen_subcommand_from status registration' -l js
 complete -c k3sagentd -n '__fish_seen_subcommand_from status' -l watch
 complete -c k3sagentd -n '__fish_seen_subcommand_from wait' -l for -x -a 'nominated sealed joined complete'
 complete -c k3sagentd -n '__fish_seen_subcommand_from wait' -l timeout -x
-complete -c k3sagentd -n '__fish_seen_subcommand_from token' -a create
+complete -c k3sagentd -n '__fish_seen_subcommand_from token' -a 'create rotate forget'
+complete -c k3sagentd -n '__fish_seen_subcommand_from token' -l next
 complete -c k3sagentd -n '__fish_seen_subcommand_from token' -l file -r -F
 complete -c k3sagentd -n '__fish_seen_subcommand_from config' -a check
 complete -c k3sagentd -n '__fish_seen_subcommand_from cluster-init' -l force

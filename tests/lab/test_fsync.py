@@ -27,7 +27,7 @@ async def ask():
     keys = derive(Path(sys.argv[1]).read_bytes().strip())
     with tempfile.TemporaryDirectory() as state:
         me = load_or_create(Path(state), keys, Hardware())
-        client = PeerClient(client_context(keys, me))
+        client = PeerClient(client_context([keys.ca_certificate], me))
         prepare = Prepare(
             decree=0, ballot=Ballot(round=1, node=me.node), intent=Intent.NOMINATE, nodes=3
         )

@@ -63,7 +63,7 @@ class Machine:
         paths = self.paths
         for each in (paths.config.parent, paths.run, paths.dropin.parent, paths.k3s_data):
             each.mkdir(parents=True)
-        paths.token.write_text(hashlib.sha256(b"t").hexdigest())
+        paths.token.write_text(site.load().token)
         paths.token.chmod(0o600)
         (root / "install.sh").write_text(INSTALL.format(root=root))
         paths.config.write_text(

@@ -12,7 +12,7 @@ from k3sagentd.core.k3s import Action, Order, Outcome, Result, ServerOrAgent
 from k3sagentd.discovery.addresses import Attachment
 from k3sagentd.errors import MachineError
 from k3sagentd.k3s import apply as root
-from k3sagentd.k3s import convert, dropin, facts, make, ownership, reach, servers
+from k3sagentd.k3s import convert, credentials, dropin, facts, make, ownership, reach, servers
 from k3sagentd.k3s.order import read_result, write_order
 from k3sagentd.paths import Paths
 
@@ -97,6 +97,9 @@ class Machine:
         monkeypatch.setattr(convert, "pings", self.k3s.running)
         monkeypatch.setattr(convert, "POLL_S", 0.0)
         monkeypatch.setattr(reach, "check", self._check)
+        monkeypatch.setattr(credentials, "_trusting", self._check)
+        monkeypatch.setattr(credentials, "takes", lambda *_: True)
+        monkeypatch.setattr(credentials, "is_stuck", lambda _: False)
         monkeypatch.setattr(facts, "measure_fsync", lambda data: 1.0)
 
     def _check(self, url: str, ca_hash: str | None) -> None:

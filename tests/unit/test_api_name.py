@@ -103,8 +103,8 @@ def test_what_is_left_of_an_order_is_tried_again_while_k3s_is_ready() -> None:
 
 def test_the_name_follows_from_the_token() -> None:
     site = keys.derive(b"a token")
-    assert site.mdns_name == f"k3s-{site.site_id[:6]}.local"
-    assert replace(site, site_id="0123456789abcdef").mdns_name == "k3s-012345.local"
+    assert keys.mdns_name(site.site_id) == f"k3s-{site.site_id[:6]}.local"
+    assert keys.mdns_name("0123456789abcdef") == "k3s-012345.local"
 
 
 def test_what_is_no_address_is_left_out() -> None:

@@ -69,7 +69,6 @@ def test_the_first_server_is_told_to_found(paths: Paths) -> None:
         "cluster-cidr": "10.1.0.0/16",
     }
     dropin.check(INIT, None, paths)
-    assert dropin.secure_token(INIT, b"secret") == "secret"
 
 
 def test_every_way_in_is_in_a_servers_certificate(paths: Paths) -> None:
@@ -78,13 +77,12 @@ def test_every_way_in_is_in_a_servers_certificate(paths: Paths) -> None:
     assert values["tls-san"] == ["k3s.lan", "10.0.0.100", "k3s-012345.local", "10.0.0.7"]
 
 
-def test_an_agent_gets_no_option_of_servers_and_the_secure_token(paths: Paths) -> None:
+def test_an_agent_gets_no_option_of_servers(paths: Paths) -> None:
     configure(paths, "k3s: {cluster-cidr: 10.1.0.0/16, node-label: [a=b]}\n")
     values = write(paths, JOIN, URL)
     assert values["server"] == URL
     assert values["node-label"] == ["a=b"]
     assert not {"cluster-init", "cluster-cidr", "tls-san"} & values.keys()
-    assert dropin.secure_token(JOIN, b"secret") == f"K10{'a' * 64}::server:secret"
 
 
 def test_what_the_operator_set_for_k3s_is_kept(paths: Paths) -> None:
@@ -96,7 +94,8 @@ def test_what_the_operator_set_for_k3s_is_kept(paths: Paths) -> None:
 
 @pytest.mark.parametrize(
     "line", ["cluster-init: false", "server: https://x:6443", "token: x", "token-file: /x",
-             "datastore-endpoint: mysql://", "node-name: other"],
+             "datastore-endpoint: mysql://", "node-name: other", "agent-token: x",
+             "agent-token-file: /x"],
 )  # fmt: skip
 def test_a_file_that_overrides_us_stops_the_start_and_is_named(paths: Paths, line: str) -> None:
     write(paths, INIT)
@@ -162,6 +161,14 @@ def test_a_script_that_fails_says_why(paths: Paths) -> None:
 def test_a_script_that_makes_no_unit_is_not_believed(paths: Paths) -> None:
     with pytest.raises(MachineError, match=r"made no .*k3s.service"):
         script(paths, "exit 0\n").install(INIT)
+
+
+def test_no_secret_of_another_file_is_shown(paths: Paths) -> None:
+    write(paths, INIT)
+    (paths.dropin.parent / "99-mine.yaml").write_text("agent-token: confidential\n")
+    with pytest.raises(ConfigError, match="agent-token is set; allowed") as caught:
+        dropin.check(INIT, None, paths)
+    assert "confidential" not in str(caught.value)
 
 
 # --- apply ----------------------------------------------------------------------------------

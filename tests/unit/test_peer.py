@@ -45,24 +45,25 @@ def free_port() -> int:
 
 
 class Pair:
-    """A server and the means to call it."""
+    """A server and the means to call it; of several keys, the first are shown."""
 
-    def __init__(self, tmp_path: Path, server_keys: SiteKeys, client_keys: SiteKeys) -> None:
-        self.server_is = load_or_create(tmp_path / "server", server_keys, Hardware())
-        self.client_is: Identity = load_or_create(tmp_path / "client", client_keys, Hardware())
+    def __init__(self, tmp_path: Path, server: list[SiteKeys], client: list[SiteKeys]) -> None:
+        self.server_is = load_or_create(tmp_path / "server", server[0], Hardware())
+        self.client_is: Identity = load_or_create(tmp_path / "client", client[0], Hardware())
         self.refused: list[tuple[str, str]] = []
         self.port = free_port()
-        self._server_keys, self._client_keys = server_keys, client_keys
+        self._server_takes = [each.ca_certificate for each in server]
+        self._client_takes = [each.ca_certificate for each in client]
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[PeerClient]:
         server = PeerServer(
-            server_context(self._server_keys, self.server_is),
+            server_context(self._server_takes, self.server_is),
             self.port,
             Echo(),
             lambda address, reason: self.refused.append((address, reason)),
         )
-        client = PeerClient(client_context(self._client_keys, self.client_is))
+        client = PeerClient(client_context(self._client_takes, self.client_is))
         await server.start()
         try:
             yield client
@@ -79,7 +80,7 @@ class Pair:
 
 @pytest.fixture
 def pair(tmp_path: Path) -> Pair:
-    return Pair(tmp_path, OURS, OURS)
+    return Pair(tmp_path, [OURS], [OURS])
 
 
 def run(pair: Pair, **kwargs: Any) -> dict[str, Any]:
@@ -97,7 +98,7 @@ def test_both_ends_know_each_other(pair: Pair) -> None:
 
 
 def test_another_token_is_refused_on_both_sides(tmp_path: Path) -> None:
-    pair = Pair(tmp_path, OURS, THEIRS)
+    pair = Pair(tmp_path, [OURS], [THEIRS])
 
     async def main() -> None:
         async with pair.running() as client:
@@ -110,6 +111,29 @@ def test_another_token_is_refused_on_both_sides(tmp_path: Path) -> None:
     asyncio.run(main())
     assert [address for address, _ in pair.refused] == ["127.0.0.1"]
     assert "another token" in pair.refused[0][1]
+
+
+@pytest.mark.parametrize(
+    ("server", "client"),
+    [
+        ([OURS, THEIRS], [OURS]),  # one has the next token already
+        ([OURS, THEIRS], [THEIRS, OURS]),  # one shows it
+        ([THEIRS, OURS], [OURS, THEIRS]),
+        ([THEIRS, OURS], [THEIRS]),  # one has forgotten the old one
+    ],
+)
+def test_during_a_rotation_both_tokens_are_taken(
+    tmp_path: Path, server: list[SiteKeys], client: list[SiteKeys]
+) -> None:
+    pair = Pair(tmp_path, server, client)
+    assert run(pair, text="x")["got"] == "x"
+    assert not pair.refused
+
+
+def test_who_missed_the_next_token_is_refused_with_a_reason(tmp_path: Path) -> None:
+    pair = Pair(tmp_path, [THEIRS, OURS], [OURS])
+    with pytest.raises(PeerRefusedError, match="another token"):
+        run(pair)
 
 
 def test_another_version_is_refused_and_both_are_told(pair: Pair) -> None:
@@ -130,7 +154,7 @@ def test_nonsense_is_refused(pair: Pair) -> None:
 
 def test_nobody_there(pair: Pair) -> None:
     async def main() -> None:
-        client = PeerClient(client_context(OURS, pair.client_is))
+        client = PeerClient(client_context([OURS.ca_certificate], pair.client_is))
         try:
             with pytest.raises(PeerUnreachableError):
                 await pair.ask(client)
@@ -176,7 +200,7 @@ from pathlib import Path
 from tests.unit.test_peer import Pair, derive, run
 assert datetime.datetime.now(datetime.UTC).year == int(sys.argv[2]), "the clock is not set"
 keys = derive(b"k" * 32)
-pair = Pair(Path(sys.argv[1]), keys, keys)
+pair = Pair(Path(sys.argv[1]), [keys], [keys])
 assert run(pair, text="x")["got"] == "x"
 print("shook hands")
 """

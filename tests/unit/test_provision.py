@@ -143,3 +143,13 @@ def test_a_second_time_changes_nothing(paths: Paths) -> None:
     files = {p: p.read_bytes() for p in paths.root.rglob("*") if p.is_file()}
     provision.provision(paths, None)
     assert {p: p.read_bytes() for p in paths.root.rglob("*") if p.is_file()} == files
+
+
+def test_a_token_that_was_forgotten_comes_back_only_on_purpose(paths: Paths) -> None:
+    paths.token_forgotten.parent.mkdir(parents=True)
+    paths.token_forgotten.touch()
+    provision.provision(paths, credentials(paths, token=OTHER))
+    assert not paths.token.exists(), "it is given at every boot"
+    fill(paths.boot_partitions[0], token=TOKEN)
+    provision.provision(paths, None)
+    assert paths.token.read_text().strip() == TOKEN

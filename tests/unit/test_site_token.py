@@ -66,3 +66,35 @@ def test_a_credential_of_systemd_goes_first(tmp_path: Path, monkeypatch) -> None
     (tmp_path / "token").write_text(token)
     monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
     assert site_token.load(Path("/nowhere")) == token.encode()
+
+
+def test_what_the_unit_passes_for_a_missing_file_is_no_token(tmp_path: Path, monkeypatch) -> None:
+    """``SetCredential=token.next:none`` in systemd/k3sagentd.service."""
+    given, token = tmp_path / "given", secrets.token_hex(32)
+    given.mkdir()
+    for name in ("token", "token.next", "token.previous"):
+        (given / name).write_text("none")
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(given))
+    with pytest.raises(ConfigError, match="no such file"):
+        site_token.load_all(tmp_path / "token")
+    (given / "token").write_text(token)
+    assert site_token.load_all(tmp_path / "token") == site_token.Tokens(token.encode())
+    (given / "token.next").write_text(token[::-1])
+    assert site_token.load_all(tmp_path / "token").next == token[::-1].encode()
+
+
+def test_the_unit_says_of_each_token_that_it_may_be_missing() -> None:
+    unit = (Path(__file__).parents[2] / "systemd/k3sagentd.service").read_text().splitlines()
+    for name in ("token", "token.next", "token.previous"):
+        assert f"LoadCredential={name}:/etc/k3sagentd/{name}" in unit
+        assert f"SetCredential={name}:{site_token.NO_CREDENTIAL.decode()}" in unit
+
+
+def test_a_token_that_root_wiped_is_not_missed(tmp_path: Path) -> None:
+    path, note = tmp_path / "token", tmp_path / "token.forgotten"
+    with pytest.raises(ConfigError, match="no such file"):
+        site_token.load_unless_forgotten(path, note)
+    note.touch()
+    assert site_token.load_unless_forgotten(path, note) is None
+    site_token.create(path)
+    assert site_token.load_unless_forgotten(path, note) is not None
