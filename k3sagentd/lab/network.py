@@ -6,13 +6,16 @@ Nothing touches the host's network: the lab works, and stays apart, wherever it 
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
 from k3sagentd.errors import MachineError, UnavailableError
 
-PREFIX = "k3sagentd-lab-"
+PREFIX = os.environ.get("K3SAGENTD_LAB_PREFIX", "k3sagentd-lab-")
+"""Of the names of network namespaces. With this and ``site.directory`` set, labs live side by
+side: no two of them share a wire."""
 SWITCH = f"{PREFIX}switch"
 GATEWAY = "10.77.0.1"
 NETNS = Path("/run/netns")

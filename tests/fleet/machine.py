@@ -24,7 +24,7 @@ from k3sagentd.lab import network
 from k3sagentd.lab.site import start_time
 
 FLEET = Path(os.environ.get("K3SAGENTD_FLEET", "/var/lib/k3sagentd-fleet"))
-CGROUP = "k3sagentd-fleet"
+CGROUP = f"{network.PREFIX}fleet"
 BOOT_TIMEOUT_S = 120.0
 BOOT = r"""
 set -eu
