@@ -129,7 +129,7 @@ def desired(node: Node, now_s: float) -> tuple[NodeId, ...] | None:
         return None  # perhaps it only boots
     here = [heard[each] for each in current if each in heard]
     best = _best(node, here, [h for h in heard.values() if h.node not in current], now_s)
-    healthy = all(hello.server_url for hello in here)
+    healthy = all(hello.server_url for hello in here if hello.member)
     kept = tuple(h.node for h in here if h.member or h.node in best)
     added = tuple(each for each in best if each not in current)
     if added:

@@ -24,9 +24,11 @@ BEYOND_REACH = {
     "electing -> standing-down": "who started an epoch that was abandoned stands down at once",
     "waiting -> standing-down": "as above",
     "waiting -> initialising": "only an operator nominates a node that has not promised",
+    "ready -> discovering": "who is ready has data, and follows no other start",
 }
 NOT_FED = {
-    "InitForced": "an operator's word, in the scenario files",
+    "InitForced": "an operator's word: counted as a fault, and in the scenario files",
+    "LeaveAsked": "an operator's word, in the scenario files",
     "MessageReceived": "counted as its message",
 }
 

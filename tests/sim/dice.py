@@ -45,6 +45,10 @@ class Fault(StrEnum):
     STRANGER = "stranger at the door"
     FLAGS = "a flag changed that all servers share"
     RECONFIGURED = "nodes changed and the daemon started again"
+    SERVER_GONE = "server gone for good after the seal"
+    LATE = "machines added after the seal"
+    ROLE = "role changed by hand after the seal"
+    FORCED = "all servers gone for good, another start forced"
     # What a machine is from the start.
     SLOW_DISK = "slow disk"
     SLOW_K3S = "K3s starts slowly"

@@ -32,6 +32,7 @@ def patience_s(world: World) -> float:
     longest_s = max(m.k3s_start_s for m in plan.machines)
     machines_s = 60.0 * len(plan.machines)
     lost_s = 2 * ORDER_TIMEOUT_S if plan.rates.get(Fault.ORDER_LOST) else 0.0
+    lost_s += 4 * plan.replace_after_s
     return 3 * plan.abandon_after_s + 4 * longest_s + machines_s + 3 * FOR_GOOD_RETRY_S + lost_s
 
 
@@ -45,6 +46,8 @@ def judge(world: World) -> None:
         _has_its_servers(world)
     running = [m for m in world.computers if m.node is not None]
     excuse = site_excuse(world, running)
+    if missing := servers_missing(world):
+        raise BrokenError("a healed site has its servers", missing)
     for m in running:
         assert m.node is not None
         if m.node.phase is NodePhase.READY:
@@ -80,10 +83,40 @@ def _clones_are_muted(world: World) -> None:
 
 
 def sealed_to(world: World) -> Seal | None:
-    """The seal, as any disk has it."""
-    for m in world.computers:
-        if m.node is not None and m.node.seal is not None:
-            return m.node.seal
+    """The seal, as any disk has it, of the newest start."""
+    known = [m.node for m in world.computers if m.node is not None and m.node.log]
+    newest = max((node.generation for node in known), default=None)
+    seals = [node.seal for node in known if node.generation == newest and node.seal is not None]
+    return seals[0] if seals else None
+
+
+def servers_missing(world: World) -> str | None:
+    """What is not yet as it should be of a sealed site's servers; None where all is well.
+
+    Dead members are replaced and removed wherever enough machines can serve.
+    """
+    seal = sealed_to(world)
+    running = [m for m in world.computers if m.node is not None]
+    if seal is None or site_excuse(world, running) is not None:
+        return None
+    fit = [
+        m
+        for m in running
+        if m.plan.role is not Role.AGENT
+        and not m.plan.install_fails_for_good
+        and m.plan.shared_flags == seal.shared_flags
+        and m.k3s.cluster == seal.ca_hash
+        and [c.id for c in world.computers].count(m.id) == 1
+    ]
+    servers = max(m.plan.servers for m in running)
+    if len(fit) < servers:
+        return None
+    members = world.clusters[seal.ca_hash].members
+    alive = [m for m in running if m.k3s.member in members]
+    if len(alive) < len(members):
+        return f"{len(members) - len(alive)} dead of {len(members)} members"
+    if len(members) < servers or len(members) % 2 == 0:
+        return f"{len(members)} members, {servers} wanted of {len(fit)} fit machines"
     return None
 
 
@@ -250,6 +283,7 @@ LINES: tuple[tuple[str, Callable[[World, Computer, re.Match[str]], bool]], ...] 
     (r"its votes are lost|another live machine has this node's identity", _muted),
     (r"has K3s data of a cluster", _owner),
     (r"two clusters under one token|data of another cluster", _clusters),
+    (r"(\S+) was forced to start a new cluster, and this machine has data", _clusters),
     (r"the memory cgroup is off|single-node cluster of its own|the data of", _hopeless),
     (r"^(.+) to be prepared \(servers join when all are\)", _unprepared),
     (r"no server can be reached|to hand out the registration address", _lost_cluster),

@@ -7,13 +7,15 @@ import itertools
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from k3sagentd.core.events import AddressChanged, PeerRefused
-from k3sagentd.core.words import NodeId
-from tests.sim import root
+from k3sagentd.core.events import AddressChanged, InitForced, PeerRefused
+from k3sagentd.core.k3s import Datastore
+from k3sagentd.core.words import NodeId, Role
+from tests.sim import cluster, root
 from tests.sim.computer import Computer, K3s
 from tests.sim.dice import Fault
 from tests.sim.disk import Disk
 from tests.sim.plan import Happening
+from tests.sim.promise import majority
 
 if TYPE_CHECKING:
     from tests.sim.world import World
@@ -50,6 +52,10 @@ def _strike(world: World, m: Computer, what: Happening, number: int) -> bool:
             world.stop_daemon(m)
             world.at(1.0, world.start_daemon, m)
             return True
+        case Fault.LATE:
+            return _late(world, what)
+        case Fault.FORCED:
+            return _forced(world)
         case Fault.CLONE:
             clone = world.copy(m)
             world.power_on(clone)
@@ -65,6 +71,10 @@ def _strike_running(world: World, m: Computer, what: Happening) -> bool:
         case Fault.GONE:
             m.gone = True
             world.power_off(m)
+        case Fault.SERVER_GONE:
+            return _server_gone(world, m)
+        case Fault.ROLE:
+            return _role(world, m, what)
         case Fault.DAEMON_KILLED:
             world.stop_daemon(m)
             world.at(min(what.for_s, 10.0), world.start_daemon, m)
@@ -99,6 +109,69 @@ def _strike_running(world: World, m: Computer, what: Happening) -> bool:
         case _:
             raise AssertionError(what)
     return True
+
+
+# --- after the seal ---------------------------------------------------------------------------
+
+
+def _is_sealed(world: World) -> bool:
+    return any(m.node is not None and m.node.seal is not None for m in world.computers)
+
+
+def _late(world: World, what: Happening) -> bool:
+    """Machines are added to a site that is there."""
+    if not _is_sealed(world):
+        return False
+    plan = replace(world.plan.machines[0], store=Datastore.NONE, cluster=None, role=Role.AUTO)
+    for _ in range(what.amount):
+        world.power_on(world.add(plan))
+    return True
+
+
+def _server_gone(world: World, m: Computer) -> bool:
+    """A server that the others can do without."""
+    ca_hash = m.k3s.cluster
+    if m.k3s.store is not Datastore.ETCD or ca_hash is None or not _is_sealed(world):
+        return False
+    members = cluster.of(world, ca_hash).members
+    left = [c for c in world.computers if c is not m and c.k3s.member in members and not c.gone]
+    if m.k3s.member in members and len(left) < majority(len(members)):
+        return False
+    m.gone = True
+    world.power_off(m)
+    return True
+
+
+def _role(world: World, m: Computer, what: Happening) -> bool:
+    """The operator says what this machine shall be, and starts the daemon again."""
+    if m.node is None or m.node.seal is None:
+        return False
+    m.plan = replace(m.plan, role=(Role.SERVER, Role.AGENT, Role.AUTO)[what.amount % 3])
+    world.stop_daemon(m)
+    world.at(1.0, world.start_daemon, m)
+    return True
+
+
+def _forced(world: World) -> bool:
+    """Every machine with a server's data is gone, and one with none is made to start anew."""
+    if not _is_sealed(world) or any(m.node and m.node.generation.number for m in world.computers):
+        return False
+    holders = [m for m in world.computers if m.k3s.store in (Datastore.ETCD, Datastore.SQLITE)]
+    free = [m for m in world.computers if m.on and m.k3s.store is Datastore.NONE and m.node]
+    able = [m for m in free if m.plan.role is not Role.AGENT and not m.plan.install_fails_for_good]
+    if not holders or not able:
+        return False
+    for m in holders:
+        m.gone = True
+        world.power_off(m)
+    world.promise.forced()
+    for m in able:
+        if m.node is None:
+            continue
+        world.feed(m, InitForced(now_s=m.clock(world.now_s)))
+        if m.node is not None and m.node.is_forced:
+            return True
+    return False
 
 
 def _disk_mended(m: Computer) -> None:

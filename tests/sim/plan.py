@@ -135,6 +135,8 @@ USUAL = (
     Fault.STRANGER,
 )
 """Happenings of which a storm may have any number."""
+LATER = (Fault.SERVER_GONE, Fault.LATE, Fault.ROLE)
+"""Happenings of the years after the seal."""
 RARE = (
     Fault.DAMAGE,
     Fault.GONE,
@@ -202,6 +204,11 @@ def draw(seed: int) -> Plan:
     if chance.random() < 0.35:
         rare = chance.choice(RARE)
         happenings += [_happening(rare, plan, chance) for _ in range(chance.choice((1, 1, 2)))]
+    if chance.random() < 0.3:
+        many = chance.choice((1, 1, 2, 3))
+        happenings += [_happening(chance.choice(LATER), plan, chance) for _ in range(many)]
+    if chance.random() < 0.05:
+        happenings.append(_happening(Fault.FORCED, plan, chance))
     return replace(plan, happenings=tuple(sorted(happenings, key=lambda h: h.at_s)))
 
 
@@ -234,6 +241,12 @@ def _happening(fault: Fault, plan: Plan, chance: random.Random) -> Happening:
         amount = chance.choice((-(10**9), -3600, 3600, 10**9))
     if fault is Fault.DAMAGE:
         amount = chance.randint(0, 1000)
+    if fault is Fault.ROLE:
+        amount = chance.randint(0, 2)
+    if fault is Fault.LATE:
+        amount = chance.choice((1, 1, 3, 10))
+    if fault in (*LATER, Fault.FORCED):
+        at_s = chance.uniform(5, plan.storm_s)
     if fault is Fault.RECONFIGURED:
         amount = plan.machines[0].nodes + chance.choice((-2, -1, 1, 2))
     for_s = chance.choice((1.0, 10.0, 60.0, plan.storm_s)) * chance.random()

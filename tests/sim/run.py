@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from tests.sim import happenings
 from tests.sim.dice import Fault, counted
-from tests.sim.ending import judge, patience_s
+from tests.sim.ending import judge, patience_s, servers_missing
 from tests.sim.plan import Plan
 from tests.sim.promise import BrokenError
 from tests.sim.world import World
@@ -75,7 +75,7 @@ def _weather(world: World) -> None:
     until_s = world.now_s + patience_s(world)
     while world.now_s < until_s:
         world.run(min(until_s, world.now_s + LOOK_S))
-        if world.complete:
+        if world.complete and servers_missing(world) is None:
             break
     world.promise.nothing_is_deleted()
     judge(world)
