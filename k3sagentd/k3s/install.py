@@ -229,7 +229,6 @@ def _version(binary: Path) -> str | None:
     try:
         done = subprocess.run(
             [str(binary), "--version"],
-            env={"PATH": PATH},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
