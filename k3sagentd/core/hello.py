@@ -130,6 +130,7 @@ def own_hello(node: Node) -> Hello:
         existing_generation=node.facts.origin_generation if node.facts else 0,
         roster=node.durable.roster,
         member=may_be_member(node),
+        adopted=node.facts is not None and node.facts.node_name is not None,
         sound=is_sound(node),
         hardware=node.site.hardware,
     )

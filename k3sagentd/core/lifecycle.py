@@ -136,6 +136,12 @@ def begin_anew(turn: Turn) -> None:
     turn.set(last_new_s=turn.now_s, k3s=K3sState())
 
 
+def change_over(turn: Turn) -> None:
+    """What K3s was last told stays known: it says as what K3s runs now."""
+    turn.drive(prepared=False, registration=None, asked_s=float("-inf"), told=None)
+    turn.set(k3s=K3sState())
+
+
 def forget_the_epoch(turn: Turn) -> None:
     """The data is aside: from here on this node is like any other."""
     turn.persist(started_epoch=None, started_generation=0)
@@ -252,7 +258,7 @@ TABLE: tuple[Rule, ...] = (
         is_other_role,
         P.JOINING,
         "who is a server changed: this machine changes over",
-        begin_anew,
+        change_over,
     ),
     _rule((P.JOINING, P.FAILED), k3s_is_ready, P.READY, "K3s runs as a part of the cluster"),
     _rule((P.READY,), k3s_is_not_ready, P.JOINING, "what is not ready is not handed out"),

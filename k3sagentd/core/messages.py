@@ -73,6 +73,8 @@ class Hello:
     """The newest that it knows; None: the nomination's."""
     member: bool = False
     """It is, or may be about to be, a member of etcd: its server was started."""
+    adopted: bool = False
+    """Its K3s was there before us: its role is not ours to change."""
     sound: bool = True
     """Its last order did not fail; who tries again and again is no candidate."""
     hardware: str | None = None

@@ -112,7 +112,8 @@ def may_serve(hello: Hello) -> bool:
     """Whether a machine that is no server could be made one."""
     able = hello.role is not Role.AGENT and hello.k3s_role is ServerOrAgent.AGENT
     settled = hello.phase in (NodePhase.JOINING, NodePhase.READY)
-    return able and settled and hello.sound and hello.datastore in (Datastore.NONE, Datastore.AGENT)
+    able = able and settled and hello.sound and not hello.adopted
+    return able and hello.datastore in (Datastore.NONE, Datastore.AGENT)
 
 
 def desired(node: Node, now_s: float) -> tuple[NodeId, ...] | None:
@@ -137,7 +138,8 @@ def desired(node: Node, now_s: float) -> tuple[NodeId, ...] | None:
     if dead or len(kept) < len(here):
         fewer = kept if is_overdue(node, now_s) else current
         return fewer if fewer != current and len(fewer) % 2 else None
-    surplus = sorted((h for h in here if h.node not in best), key=lambda h: h.role is Role.AGENT)
+    others = (h for h in here if h.node not in best and not h.adopted)
+    surplus = sorted(others, key=lambda h: h.role is Role.AGENT)
     taken_over = node.roster.revision > 0 and len(current) % 2 == 0
     if surplus and healthy and taken_over:
         return tuple(each for each in current if each != surplus[-1].node)

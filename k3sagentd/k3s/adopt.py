@@ -20,7 +20,8 @@ from k3sagentd.core.k3s import Action, Datastore, ServerOrAgent
 from k3sagentd.errors import ConfigError, HopelessError
 from k3sagentd.files import read_bounded
 from k3sagentd.k3s import credentials, dropin
-from k3sagentd.k3s.convert import check_version, convert
+from k3sagentd.k3s.convert import check as check_conversion
+from k3sagentd.k3s.convert import convert
 from k3sagentd.k3s.data import datastore, write
 from k3sagentd.k3s.ownership import answers
 from k3sagentd.k3s.servers import find
@@ -43,7 +44,7 @@ def adopt(work: Work) -> Iterator[str]:
     store = datastore(work.paths.k3s_data)
     if store is Datastore.SQLITE or work.paths.converting.exists():
         yield "tell K3s to become a cluster"
-        check_version(work)
+        check_conversion(work)
         _say(work, {"cluster-init": True})
         yield from convert(work)
     elif work.order.action is Action.JOIN and _was_converted(work):

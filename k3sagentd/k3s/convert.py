@@ -29,8 +29,11 @@ POLL_S = 0.5
 STARTS_LIMIT = 3
 
 
-def check_version(work: Work) -> None:
-    """Raise HopelessError unless the K3s that is here converts."""
+def check(work: Work) -> None:
+    """Raise HopelessError unless the K3s that is here converts, and can be started for it.
+
+    To be asked before K3s is told anything.
+    """
     said = work.install.version()
     found = VERSION.search(said or "")
     if found is None:
@@ -42,6 +45,11 @@ def check_version(work: Work) -> None:
         raise HopelessError(
             f"K3s is {found[0]} here; releases before v1.22.2 start empty when SQLite is to become "
             "etcd: upgrade K3s first"
+        )
+    if not work.install.running() and answers():
+        raise HopelessError(
+            "K3s runs here, but not as a service that k3sagentd could restart; stop it, and it is "
+            "started again to convert its data from SQLite to etcd"
         )
 
 
@@ -60,7 +68,11 @@ def convert(work: Work) -> Iterator[str]:
         running = work.install.running()
         if not running or pings():
             # Up, with its SQLite data still there: it did not convert, or not to the end.
-            _check_start(work, starts, running=running)
+            if starts >= STARTS_LIMIT:
+                raise HopelessError(
+                    f"K3s was started {starts} times with cluster-init and did not convert "
+                    f"{paths.k3s_data / SQLITE}; its log says why (journalctl -u k3s)"
+                )
             if running:
                 work.install.halt()
             _start(work)
@@ -71,19 +83,6 @@ def convert(work: Work) -> Iterator[str]:
     paths.converting.unlink(missing_ok=True)
     if not work.install.running():
         _start(work)
-
-
-def _check_start(work: Work, starts: int, *, running: bool) -> None:
-    if not running and answers():
-        raise HopelessError(
-            "K3s runs here, but not as a service that k3sagentd could restart; stop it, and it is "
-            "started again to convert its data to etcd"
-        )
-    if starts >= STARTS_LIMIT:
-        raise HopelessError(
-            f"K3s was started {starts} times with cluster-init and did not convert "
-            f"{work.paths.k3s_data / SQLITE}; its log says why (journalctl -u k3s)"
-        )
 
 
 def _start(work: Work) -> None:

@@ -248,7 +248,6 @@ def _version(binary: Path) -> str | None:
     try:
         done = subprocess.run(
             [str(binary), "--version"],
-            env={"PATH": PATH},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

@@ -16,7 +16,8 @@ from k3sagentd.core.k3s import Action, Datastore, ServerOrAgent
 from k3sagentd.discovery.addresses import attachment
 from k3sagentd.k3s import credentials, dropin, keepalived
 from k3sagentd.k3s.change_role import change, is_change
-from k3sagentd.k3s.convert import check_version, convert
+from k3sagentd.k3s.convert import check as check_conversion
+from k3sagentd.k3s.convert import convert
 from k3sagentd.k3s.credentials import Credentials
 from k3sagentd.k3s.data import datastore, write, write_marker
 from k3sagentd.k3s.stand_down import asked_for
@@ -65,7 +66,7 @@ def _make(
         datastore(data) is Datastore.SQLITE or paths.converting.exists()
     )
     if converts:
-        check_version(work)
+        check_conversion(work)
     yield "write K3s's configuration"
     data.mkdir(parents=True, exist_ok=True)
     if order.action is Action.INIT and datastore(data) is Datastore.NONE:

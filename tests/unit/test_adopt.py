@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from k3sagentd.config import load_config
-from k3sagentd.core.k3s import Action, Datastore, Order, Outcome
+from k3sagentd.core.k3s import Action, Datastore, Order
 from k3sagentd.k3s import convert, ownership
 from k3sagentd.k3s.data import datastore
 from tests.unit.rooted import (
@@ -187,6 +187,4 @@ def test_k3s_that_nobody_could_restart_is_not_stopped(
     sqlite(m)
     m.k3s.role = None
     monkeypatch.setattr(convert, "answers", lambda: True)
-    result = m.apply(INIT)
-    assert result.outcome is Outcome.FAILED_FOR_GOOD
-    assert "K3s runs here, but not as a service" in str(result.reason)
+    m.refuses(INIT, "K3s runs here, but not as a service")
