@@ -177,8 +177,10 @@ def pose(directory: str, address: str) -> None:
             self.end_headers()
             self.wfile.write(body)
 
-    # Not HTTPServer, which asks the DNS for its own name.
-    server = socketserver.ThreadingTCPServer(("", 6443), Handler)
+    class Server(socketserver.ThreadingTCPServer):  # not HTTPServer: it asks the DNS for its name
+        allow_reuse_address = True
+
+    server = Server(("", 6443), Handler)
     server.socket = context.wrap_socket(server.socket, server_side=True)
     print("begun", flush=True)
     server.serve_forever()
