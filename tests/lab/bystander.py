@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from k3sagentd.lab import network
-from k3sagentd.lab.standin import pki
+from tests import certificates
 from tests.lab.conftest import ROOT
 
 MDNS = ("224.0.0.251", 5353)
@@ -168,18 +168,20 @@ def forward(to: str) -> None:
 
 def pose(directory: str, address: str) -> None:
     """A server of another cluster: all is well with it, but its CA is its own."""
-    tls = Path(directory)
-    pki.make_ca(tls)
+    context = certificates.serving(Path(directory), address)
+    body = Path(directory, "ca.crt").read_bytes()
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(200)
             self.end_headers()
-            self.wfile.write((tls / "server-ca.crt").read_bytes())
+            self.wfile.write(body)
 
-    # Not HTTPServer, which asks the DNS for its own name.
-    server = socketserver.ThreadingTCPServer(("", 6443), Handler)
-    server.socket = pki.serving_context(tls, address).wrap_socket(server.socket, server_side=True)
+    class Server(socketserver.ThreadingTCPServer):  # not HTTPServer: it asks the DNS for its name
+        allow_reuse_address = True
+
+    server = Server(("", 6443), Handler)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
     print("begun", flush=True)
     server.serve_forever()
 

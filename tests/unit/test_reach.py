@@ -15,7 +15,7 @@ import pytest
 
 from k3sagentd.errors import MachineError
 from k3sagentd.k3s import reach
-from k3sagentd.lab.standin import pki
+from tests import certificates
 
 HEAD_START_S = 0.3
 Serve = Callable[..., str]
@@ -35,9 +35,8 @@ def serve(tmp_path: Path, monkeypatch) -> Iterator[Serve]:
     with contextlib.ExitStack() as stack:
 
         def start(name: str, *, slow_s: float = 0.0, status: int = 200) -> str:
-            tls = tmp_path / name
-            pki.make_cas(tls)
-            body = (tls / "server-ca.crt").read_bytes()
+            context = certificates.serving(tmp_path / name, "127.0.0.1")
+            body = (tmp_path / name / "ca.crt").read_bytes()
 
             class Handler(http.server.BaseHTTPRequestHandler):
                 def do_GET(self) -> None:
@@ -51,7 +50,6 @@ def serve(tmp_path: Path, monkeypatch) -> Iterator[Serve]:
 
             # Not HTTPServer, which asks the DNS for its own name.
             server = Server(("127.0.0.1", 0), Handler)
-            context = pki.serving_context(tls, ["127.0.0.1"])
             server.socket = context.wrap_socket(
                 server.socket, server_side=True, do_handshake_on_connect=False
             )
@@ -71,7 +69,7 @@ def silent() -> Iterator[str]:
 
 
 def ca_hash(tmp_path: Path, name: str = "ours") -> str:
-    return hashlib.sha256((tmp_path / name / "server-ca.crt").read_bytes()).hexdigest()
+    return hashlib.sha256((tmp_path / name / "ca.crt").read_bytes()).hexdigest()
 
 
 def refused() -> str:
