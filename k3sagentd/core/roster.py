@@ -18,6 +18,10 @@ from k3sagentd.core.turn import Turn
 from k3sagentd.core.words import NodeId, NodePhase, Role
 
 
+ALIVE_S = 300.0
+"""So long K3s's word that a silent machine is alive is good."""
+
+
 def learn(turn: Turn, found: Roster | None) -> None:
     """Take a newer roster in; an older one means nothing."""
     node = turn.node
@@ -91,15 +95,32 @@ def is_gone(node: Node, machine: NodeId, now_s: float) -> bool:
 
     Not by us, and not by K3s either, as far as we looked: its daemon alone may be what is silent.
     """
-    since_s = absent_since_s(node, machine)
-    if since_s is None or now_s < since_s + node.site.replace_after_s:
+    due_s = _due_s(node, machine)
+    if due_s is None or now_s < due_s:
         return False
-    view = node.steward.view
+    view = node.steward.view if _has_looked(node, due_s, now_s) else None
     name = node.name_of(machine)
     return view is None or not any(
         kube.ready and (kube.node == machine or (kube.node is None and kube.name == name))
         for kube in view.nodes
     )
+
+
+def must_look(node: Node, now_s: float) -> bool:
+    """Whether a steward must look at the cluster before it takes a silent machine to be gone."""
+    dues = [_due_s(node, machine) for machine in members(node)]
+    return any(
+        due is not None and due <= now_s and not _has_looked(node, due, now_s) for due in dues
+    )
+
+
+def _due_s(node: Node, machine: NodeId) -> float | None:
+    since_s = absent_since_s(node, machine)
+    return None if since_s is None else since_s + node.site.replace_after_s
+
+
+def _has_looked(node: Node, due_s: float, now_s: float) -> bool:
+    return due_s <= node.steward.viewed_s and now_s < node.steward.viewed_s + ALIVE_S
 
 
 def is_overdue(node: Node, now_s: float) -> bool:

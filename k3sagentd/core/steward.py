@@ -78,7 +78,11 @@ def _next(node: Node, now_s: float) -> dict[str, Any] | None:
         return {}  # what is written there, and what an earlier holder left undone
     stale = now_s >= steward.viewed_s + VIEW_S
     work = _work(node, view, now_s)
-    if (stale and work) or any(_is_unseen(node, w, now_s) for w in steward.wishes.values()):
+    if (
+        roster.must_look(node, now_s)
+        or (stale and work)
+        or any(_is_unseen(node, w, now_s) for w in steward.wishes.values())
+    ):
         return {}
     mine = view.holder == node.id
     held = {"hold": True, "lease_version": view.lease_version}
@@ -204,6 +208,7 @@ def deadlines(node: Node) -> Iterator[float]:
         for machine in roster.members(node):
             if (since_s := roster.absent_since_s(node, machine)) is not None:
                 yield since_s + replace_after_s
+                yield steward.viewed_s + roster.ALIVE_S
 
 
 # --- who wants something of us --------------------------------------------------------------
