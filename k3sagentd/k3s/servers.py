@@ -55,7 +55,7 @@ def _configured(work: Work) -> str | None:
 
 
 def _is_own(work: Work, url: str) -> bool:
-    at = attachment(work.config.interface)
+    at = attachment(work.config.interface, work.config.virtual_ip)
     return at is not None and urlsplit(url).hostname == at.address
 
 
