@@ -159,7 +159,8 @@ def desired(node: Node, now_s: float) -> tuple[NodeId, ...] | None:
         return None  # perhaps it only boots
     here = [heard[each] for each in current if each in heard]
     best = _best(node, here, [h for h in heard.values() if h.node not in current], now_s)
-    found = _next(node, current, here, best, now_s, dead=bool(dead))
+    waits = any(h.server_url is None for h in here if h.node in listed)
+    found = _next(node, current, here, best, now_s, dead=bool(dead), waits=waits)
     return None if found is None or set(found) == set(listed) else found
 
 
@@ -181,6 +182,7 @@ def _next(
     now_s: float,
     *,
     dead: bool,
+    waits: bool,
 ) -> tuple[NodeId, ...] | None:
     healthy = all(hello.server_url for hello in here if hello.member and hello.k3s_role is SERVER)
     kept = tuple(h.node for h in here if h.member or h.node in best)
@@ -195,9 +197,9 @@ def _next(
     others = (h for h in here if h.node not in best and not h.adopted)
     surplus = sorted(others, key=lambda h: h.role is Role.AGENT)
     taken_over = node.roster.revision > 0 and len(current) % 2 == 0
-    if surplus and taken_over and healthy and len(kept) == len(here):
-        ready = all(h.server_url for h in here if h.k3s_role is SERVER)
-        return tuple(each for each in current if each != surplus[-1].node) if ready else None
+    if surplus and taken_over:
+        left = tuple(each for each in current if each != surplus[-1].node)
+        return None if waits else left
     return current if len(current) % 2 else None
 
 
