@@ -38,9 +38,15 @@ def start(paths: Paths, binary: Path, role: ServerOrAgent) -> None:
         return
     paths.k3s_log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", __name__, str(paths.root), str(binary), str(role)]
-    subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True
-    )
+    with paths.k3s_log.open("ab") as output:
+        # Nothing of the caller's: whoever reads its output would wait for us to end.
+        subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
     deadline = time.monotonic() + START_TIMEOUT_S
     while not running(paths):
         if time.monotonic() > deadline:
