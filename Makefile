@@ -6,13 +6,14 @@ NODES   = 5
 SECONDS_IDLE = 300
 RUNS    = 100000
 MINUTES = 10
+WORKERS = 3
 VENV    = build/venv
 RUNTIME = python3 python3-zeroconf python3-ifaddr python3-aiohttp python3-cryptography \
           python3-systemd python3-yaml
 LAB     = $(RUNTIME) etcd-server iproute2 nftables util-linux
 DEB     = mmdebstrap git
 REPO    = $(DEB) reprepro gnupg
-FLEET   = $(LAB) $(REPO) python3-pytest systemd-container
+FLEET   = $(LAB) $(REPO) python3-pytest python3-pytest-xdist systemd-container
 TEST    = $(FLEET) etcd-client faketime avahi-daemon openssl strace keepalived curl
 LINT    = $(TEST) python3-venv python3-pip shellcheck
 SCRIPTS = $(shell git grep -lE '^.!/bin/(ba)?sh' -- ':!debian/*.postrm')
@@ -27,7 +28,7 @@ lab:  ## a site of NODES machines on this one; Ctrl-C takes it down
 
 test:  ## every test, against Debian's own Python and packages
 	@$(call install,$(TEST)) >/dev/null
-	@$(PYTHON) -m pytest
+	@$(PYTHON) -m pytest --numprocesses=$(WORKERS) --dist=loadgroup
 
 sim:  ## RUNS simulated sites on all cores (or for SECONDS, or the one of SEED with its timeline)
 	@$(call install,$(RUNTIME)) >/dev/null

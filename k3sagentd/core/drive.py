@@ -13,7 +13,15 @@ from dataclasses import replace
 from k3sagentd.core import guards, leaving, log, names, ranking
 from k3sagentd.core.effects import WriteOrder
 from k3sagentd.core.hello import fixed_urls, has_etcd, k3s_role, own_url
-from k3sagentd.core.k3s import Action, Datastore, Order, Outcome, Result, ServerOrAgent
+from k3sagentd.core.k3s import (
+    Action,
+    Datastore,
+    K3sState,
+    Order,
+    Outcome,
+    Result,
+    ServerOrAgent,
+)
 from k3sagentd.core.log import Seal
 from k3sagentd.core.messages import Hello, LeaveStep
 from k3sagentd.core.registration import SERVERS_LIMIT, ask, ready_urls
@@ -82,7 +90,9 @@ def is_other_role(node: Node) -> bool:
     if order is not None and made and node.drive.outcome in (Outcome.DONE, Outcome.RUNNING):
         return order.role is not role
     if role is ServerOrAgent.SERVER:
-        return facts.datastore is Datastore.AGENT
+        # What runs and has no CA to show is an agent.
+        runs_as_agent = node.k3s.ready and node.k3s.ca_hash is None
+        return facts.datastore is Datastore.AGENT or runs_as_agent
     return facts.datastore in (Datastore.ETCD, Datastore.SQLITE)
 
 
@@ -219,12 +229,12 @@ def _join(turn: Turn) -> None:
             _ensure(turn, Action.JOIN)
         return
     if is_other_role(node) and k3s_role(node) is ServerOrAgent.AGENT:
-        # Its member goes first, by the word of the others: two that are left of three are a quorum,
-        # one that is left of two is none.
-        if leaving.is_out(node):
+        # By the word of the others: three that are left of four are a quorum, one of two is none.
+        if leaving.may_stop(node):
+            turn.set(k3s=K3sState())  # what a probe finds from here on is on its way out
             _ensure(turn, Action.STEP_DOWN)
         elif node.k3s.ready or not _is_entering(node, turn.now_s):
-            leaving.begin(turn, LeaveStep.REMOVE)
+            leaving.begin(turn, LeaveStep.STOP)
         return
     if k3s_role(node) is ServerOrAgent.SERVER and not node.drive.prepared:
         _ensure(turn, Action.PREPARE)
@@ -242,7 +252,7 @@ def _is_entering(node: Node, now_s: float) -> bool:
     """Whether K3s was started just now: it may become a member at any moment."""
     drive = node.drive
     joining = drive.order is not None and drive.order.action is Action.JOIN
-    return joining and now_s < drive.ordered_s + KEPT_OUT_S
+    return joining and not has_etcd(node) and now_s < drive.ordered_s + KEPT_OUT_S
 
 
 def is_kept_out(node: Node, now_s: float) -> bool:
@@ -372,7 +382,8 @@ def on_result(turn: Turn, result: Result) -> None:
         result.outcome is Outcome.DONE and drive.order.action in (Action.PREPARE, Action.JOIN)
     )
     if drive.order.action is Action.STEP_DOWN and result.outcome is not Outcome.RUNNING:
-        turn.set(leaving=None)  # where it failed, perhaps since it had become a member meanwhile
+        # Where it failed, another server may have gone meanwhile: it is asked again.
+        turn.set(leaving=None)
     turn.drive(outcome=result.outcome, result=result, retry_at_s=retry_at_s, prepared=prepared)
     if retry_at_s is not None:
         turn.drive(registration=None, asked_s=float("-inf"))

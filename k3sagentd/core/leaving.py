@@ -3,7 +3,8 @@
 
 What happens on the machine between the two steps (K3s is stopped) is the command's
 (``k3sagentd leave``); who may leave is the server's to say (``steward.refusal``). A server that
-becomes an agent asks for the second step alone.
+becomes an agent asks only whether it may stop. It stops before its member is removed: what K3s does
+with a member that was removed while it ran is to start anew, and not in every release by joining.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ def begin(turn: Turn, step: LeaveStep) -> None:
         turn.set(leaving=Leaving(step=step))
 
 
-def is_out(node: Node) -> bool:
-    """Whether the cluster has let this node go."""
+def may_stop(node: Node) -> bool:
+    """Whether the cluster can do without this server."""
     leaving = node.leaving
-    return leaving is not None and leaving.step is LeaveStep.REMOVE and leaving.done
+    return leaving is not None and leaving.step is LeaveStep.STOP and leaving.done
 
 
 def run(turn: Turn) -> None:

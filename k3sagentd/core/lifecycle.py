@@ -139,7 +139,6 @@ def begin_anew(turn: Turn) -> None:
 def change_over(turn: Turn) -> None:
     """What K3s was last told stays known: it says as what K3s runs now."""
     turn.drive(prepared=False, registration=None, asked_s=float("-inf"), told=None)
-    turn.set(k3s=K3sState())
 
 
 def forget_the_epoch(turn: Turn) -> None:

@@ -23,9 +23,10 @@ class Intent(StrEnum):
 
 
 class LeaveStep(StrEnum):
-    """What a server does for a node that leaves: its pods go, then its Node object."""
+    """What a node that leaves asks of a server: its pods go, it may stop, its Node object goes."""
 
     DRAIN = "drain"
+    STOP = "stop"
     REMOVE = "remove"
 
 

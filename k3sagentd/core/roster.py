@@ -8,6 +8,8 @@ is alive: two members of etcd are worse than one (K3S.md 4).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from k3sagentd.core import ranking
 from k3sagentd.core.cluster import Roster
 from k3sagentd.core.hello import has_etcd, k3s_role, own_hello, server_url
@@ -17,7 +19,7 @@ from k3sagentd.core.state import Node
 from k3sagentd.core.turn import Turn
 from k3sagentd.core.words import NodeId, NodePhase, Role
 
-
+SERVER = ServerOrAgent.SERVER
 ALIVE_S = 300.0
 """So long K3s's word that a silent machine is alive is good."""
 
@@ -29,6 +31,7 @@ def learn(turn: Turn, found: Roster | None) -> None:
         return
     before = k3s_role(node)
     turn.persist(roster=found)
+    turn.set(rostered_s=turn.now_s)
     if k3s_role(turn.node) is not before and node.phase is NodePhase.JOINING:
         order = node.drive.order
         order = None if order is not None and order.action is Action.PREPARE else order
@@ -124,9 +127,13 @@ def _has_looked(node: Node, due_s: float, now_s: float) -> bool:
 
 
 def is_overdue(node: Node, now_s: float) -> bool:
-    """Whether servers are missing for so long that other machines may step in."""
-    since_s = node.short_since_s
-    return since_s is not None and now_s >= since_s + node.site.replace_after_s
+    """Whether servers are missing for so long that other machines may step in.
+
+    Who was listed last has as long to become one.
+    """
+    if node.short_since_s is None:
+        return False
+    return now_s >= max(node.short_since_s, node.rostered_s) + node.site.replace_after_s
 
 
 def may_serve(hello: Hello) -> bool:
@@ -143,28 +150,57 @@ def desired(node: Node, now_s: float) -> tuple[NodeId, ...] | None:
     One step at a time: a server that is alive goes only after who takes its place is ready, one
     that is dead goes with the word that names another.
     """
-    current = members(node)
     heard = {h.node: h for h in (own_hello(node), *node.kin)}
+    listed = members(node)
+    current = (*listed, *_unlisted(node, heard, listed))
     absent = [each for each in current if each not in heard]
     dead = [each for each in absent if is_gone(node, each, now_s)]
     if len(dead) < len(absent):
         return None  # perhaps it only boots
     here = [heard[each] for each in current if each in heard]
     best = _best(node, here, [h for h in heard.values() if h.node not in current], now_s)
-    healthy = all(hello.server_url for hello in here if hello.member)
+    waits = any(h.server_url is None for h in here if h.node in listed)
+    found = _next(node, current, here, best, now_s, dead=bool(dead), waits=waits)
+    return None if found is None or set(found) == set(listed) else found
+
+
+def _unlisted(
+    node: Node, heard: Mapping[NodeId, Hello], listed: tuple[NodeId, ...]
+) -> list[NodeId]:
+    """Servers that run and count in etcd, though the roster was changed before they were ready."""
+    view = node.steward.view
+    nodes = view.nodes if view is not None else ()
+    found = (kube.node for kube in nodes if kube.server and kube.ready)
+    return [each for each in found if each is not None and each in heard and each not in listed]
+
+
+def _next(
+    node: Node,
+    current: tuple[NodeId, ...],
+    here: list[Hello],
+    best: tuple[NodeId, ...],
+    now_s: float,
+    *,
+    dead: bool,
+    waits: bool,
+) -> tuple[NodeId, ...] | None:
+    healthy = all(hello.server_url for hello in here if hello.member and hello.k3s_role is SERVER)
     kept = tuple(h.node for h in here if h.member or h.node in best)
     added = tuple(each for each in best if each not in current)
     if added:
-        return (*kept, *added) if dead or healthy else None
+        # From one server to another there is no safe way: of two, neither may stop.
+        alone = len(kept) + len(added) == 2
+        return (*kept, *added) if (dead or healthy) and not alone else None
     if dead or len(kept) < len(here):
         fewer = kept if is_overdue(node, now_s) else current
         return fewer if fewer != current and len(fewer) % 2 else None
     others = (h for h in here if h.node not in best and not h.adopted)
     surplus = sorted(others, key=lambda h: h.role is Role.AGENT)
     taken_over = node.roster.revision > 0 and len(current) % 2 == 0
-    if surplus and healthy and taken_over:
-        return tuple(each for each in current if each != surplus[-1].node)
-    return None
+    if surplus and taken_over:
+        left = tuple(each for each in current if each != surplus[-1].node)
+        return None if waits else left
+    return current if len(current) % 2 else None
 
 
 def _best(node: Node, here: list[Hello], others: list[Hello], now_s: float) -> tuple[NodeId, ...]:
@@ -177,10 +213,11 @@ def _best(node: Node, here: list[Hello], others: list[Hello], now_s: float) -> t
     asked_for = sum(hello.role is Role.SERVER for hello in able)
     size = ranking.odd(min(max(node.site.servers, asked_for), len(able)))
 
-    def key(hello: Hello) -> tuple[bool, bool, int, bool, bytes]:
+    def key(hello: Hello) -> tuple[bool, bool, bool, int, bool, bytes]:
         return (
             hello.role is not Role.SERVER,
             not hello.member,
+            hello.k3s_role is not SERVER,
             hello.fitness,
             hello.phase is NodePhase.READY,
             ranking.lot(node.site.election_key, hello.node),

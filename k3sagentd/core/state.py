@@ -257,6 +257,8 @@ class Node:
     leaving: Leaving | None = None
     unserved_since_s: float | None = None
     """Since when no ready server is heard, after the seal."""
+    rostered_s: float = float("-inf")
+    """When the roster was learned."""
     short_since_s: float | None = None
     """Since when fewer servers are ready than the site should have."""
     address: str | None = None

@@ -43,6 +43,11 @@ RETRY_S = 5.0
 RETRY_LIMIT_S = 300.0
 WISH_S = 30.0
 """Who does not ask again for so long does not want it any more."""
+DOING = {
+    LeaveStep.DRAIN: "its pods to go elsewhere",
+    LeaveStep.STOP: "enough other servers to be ready",
+    LeaveStep.REMOVE: "its Node to be removed",
+}
 WISHES_LIMIT = 512
 """Peers that may wait for us at a time."""
 
@@ -116,7 +121,8 @@ def _work(node: Node, view: ClusterView, now_s: float) -> dict[str, Any] | None:
         if kube is None or now_s >= wish.heard_s + WISH_S:
             continue
         if wish.step is not None:
-            if not _is_done(view, wish) and refusal(view, kube) is None:
+            asked = wish.step is not LeaveStep.STOP and not _is_done(view, wish)
+            if asked and refusal(view, kube, wish.step) is None:
                 return _leave_work(kube, wish)
         elif _is_in_the_way(kube, peer) and not _still_there(node, kube, peer, now_s):
             return {"remove": kube.name, "uid": kube.uid}
@@ -204,7 +210,7 @@ def deadlines(node: Node) -> Iterator[float]:
     if steward.wishes:
         yield steward.viewed_s + VIEW_S
     if node.short_since_s is not None:
-        yield node.short_since_s + replace_after_s
+        yield max(node.short_since_s, node.rostered_s) + replace_after_s
         for machine in roster.members(node):
             if (since_s := roster.absent_since_s(node, machine)) is not None:
                 yield since_s + replace_after_s
@@ -261,29 +267,32 @@ def answer_leaver(turn: Turn, sender: NodeId, message: LeaveRequest) -> LeaveAns
         return LeaveAnswer(step=step, done=False, waits_for=waits_for)
     kube = _node_named(view, message.node_name)
     if _is_done(view, wish):
-        if step is LeaveStep.REMOVE:
+        if step is not LeaveStep.DRAIN:
             _forget(turn, sender)
         return LeaveAnswer(step=step, done=True)
     assert kube is not None, "who is not there is done"
     if kube.node not in (None, sender):
         refused: str | None = f"the Node {kube.name} is another machine's"
     else:
-        refused = refusal(view, kube)
-    doing = "its pods to go elsewhere" if step is LeaveStep.DRAIN else "its Node to be removed"
+        refused = refusal(view, kube, step)
+    doing = DOING[step]
     waits_for = f"{doing}; {node.steward.reason}" if node.steward.reason else doing
     return LeaveAnswer(step=step, done=False, refused=refused, waits_for=waits_for)
 
 
-def refusal(view: ClusterView, kube: KubeNode) -> str | None:
-    """Why ``kube`` may not leave: the servers that stay must be a quorum of those listed."""
+def refusal(view: ClusterView, kube: KubeNode, step: LeaveStep) -> str | None:
+    """Why ``kube`` may not leave: the servers that stay must be a quorum of etcd's members.
+
+    Who stops is a member until its Node is removed, so until then it counts.
+    """
     if not kube.server:
         return None
     servers = [each for each in view.nodes if each.server]
     ready = sum(each.ready for each in servers if each.name != kube.name)
-    needed = paxos.quorum(len(servers) - 1)
+    members = len(servers) - (step is LeaveStep.REMOVE)
     if len(servers) == 1:
         return f"{kube.name} is the only server: the cluster would end with it"
-    if ready < needed:
+    if ready < (needed := paxos.quorum(members)):
         return (
             f"{ready} of the {len(servers) - 1} servers that stay are ready, {needed} must be: "
             "without a quorum the cluster takes no changes"
@@ -292,8 +301,10 @@ def refusal(view: ClusterView, kube: KubeNode) -> str | None:
 
 
 def _is_done(view: ClusterView, wish: Wish) -> bool:
-    gone = _node_named(view, wish.node_name) is None
-    return gone or (wish.step is LeaveStep.DRAIN and wish.drained)
+    kube = _node_named(view, wish.node_name)
+    if kube is None or (wish.step is LeaveStep.DRAIN and wish.drained):
+        return True
+    return wish.step is LeaveStep.STOP and refusal(view, kube, wish.step) is None
 
 
 def _wish(

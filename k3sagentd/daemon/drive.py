@@ -125,6 +125,7 @@ class Drive:
         orders = self._orders
         state = await probe(role, self._passwords)
         order = self._engine.node.drive.order
-        stale = orders != self._orders or (order and order.action is Action.STAND_DOWN)
+        on_its_way_out = order and order.action in (Action.STAND_DOWN, Action.STEP_DOWN)
+        stale = orders != self._orders or on_its_way_out
         if not stale and state != self._engine.node.k3s:
             await self._engine.carry_out(K3sProbed(now_s=time.monotonic(), state=state))

@@ -16,6 +16,7 @@ from k3sagentd.errors import HopelessError, MachineError
 from k3sagentd.k3s.data import MARKER, ca_hash, datastore, move, put_aside
 from k3sagentd.k3s.kube import Kube
 from k3sagentd.k3s.ownership import is_adopted
+from k3sagentd.k3s.quorum import quorum
 from k3sagentd.k3s.work import Work
 
 DATA_OF = {Datastore.AGENT: ServerOrAgent.AGENT, Datastore.ETCD: ServerOrAgent.SERVER}
@@ -51,25 +52,28 @@ def check(work: Work) -> None:
             "not k3sagentd that started it; move the data aside"
         )
     if work.order.action is Action.STEP_DOWN:
-        _check_is_out(work)
+        _check_is_spared(work)
     if ca_hash(paths.k3s_data) is None:
         raise HopelessError(
             f"{paths.k3s_data} has the data of {A[found]} of an unknown cluster; move it aside"
         )
 
 
-def _check_is_out(work: Work) -> None:
-    """Raise MachineError while etcd counts on this server: its member goes before its data.
+def _check_is_spared(work: Work) -> None:
+    """Raise MachineError while etcd would lose its quorum with this server.
 
-    Who was removed has no API that answers any more; and without a quorum there is none either.
+    Without a quorum there is no API that answers: then it takes no part that could be missed.
     """
     try:
-        nodes = Kube(work.paths).nodes()
+        nodes = [each.node for each in Kube(work.paths).nodes()]
     except MachineError:
         return
-    if any(each.node.name == work.order.node_name and each.node.server for each in nodes):
+    servers = [each for each in nodes if each.server]
+    others = sum(each.ready for each in servers if each.name != work.order.node_name)
+    is_member = any(each.name == work.order.node_name for each in servers)
+    if is_member and others < (needed := quorum(len(servers))):
         raise MachineError(
-            f"{work.order.node_name} is a member of etcd still; its Node must be deleted first"
+            f"{others} of the other servers are ready, {needed} must be before this one stops"
         )
 
 

@@ -23,6 +23,10 @@ MARKER = "k3sagentd.json"
 """In K3s's data directory: which generation's and epoch's order made it."""
 ETCD = "server/db/etcd"
 SQLITE = "server/db/state.db"
+TOMBSTONE = "tombstone"
+"""In etcd's directory, once its member was removed (K3s, pkg/etcd/etcd.go). K3s then starts anew:
+by joining, or, where the server that it was told of does not answer, as a cluster of its own under
+the old CA. So where K3s is ours it does not start while that is there."""
 AGENT = "agent/client-kubelet.crt"
 CA_LIMIT_BYTES = 256 * 1024
 
@@ -49,6 +53,11 @@ def datastore(data: Path) -> Datastore:
     if (data / AGENT).exists():
         return Datastore.AGENT
     return Datastore.NONE
+
+
+def is_removed(data: Path) -> bool:
+    """Whether the data is of a member that etcd does not know any more."""
+    return (data / ETCD / TOMBSTONE).exists()
 
 
 def read_marker(data: Path) -> Marker | None:

@@ -19,7 +19,14 @@ from k3sagentd.k3s.change_role import change, is_change
 from k3sagentd.k3s.convert import check as check_conversion
 from k3sagentd.k3s.convert import convert
 from k3sagentd.k3s.credentials import Credentials
-from k3sagentd.k3s.data import datastore, write, write_marker
+from k3sagentd.k3s.data import (
+    ETCD,
+    datastore,
+    is_removed,
+    put_aside,
+    write,
+    write_marker,
+)
 from k3sagentd.k3s.stand_down import asked_for
 from k3sagentd.k3s.work import Work
 
@@ -56,6 +63,10 @@ def _make(
     work: Work, given: Credentials, server: str | None, names: tuple[str, ...]
 ) -> Iterator[str]:
     paths, order, data = work.paths, work.order, work.paths.k3s_data
+    if order.role is ServerOrAgent.SERVER and is_removed(data):
+        yield "move the data of the removed member aside"
+        work.install.stop()
+        put_aside(data / ETCD, "etcd.removed")
     member = datastore(data) in MEMBERS and not is_change(work)
     if not member or not work.install.installed(order.role):
         yield "install K3s without starting it"

@@ -12,7 +12,7 @@ from k3sagentd.discovery.addresses import attachment
 from k3sagentd.errors import ConfigError, DataError, MachineError
 from k3sagentd.k3s import probe, reach
 from k3sagentd.k3s.change_role import is_change
-from k3sagentd.k3s.data import datastore
+from k3sagentd.k3s.data import datastore, is_removed
 from k3sagentd.k3s.order import check_url
 from k3sagentd.k3s.work import Work
 from k3sagentd.yaml_files import merge
@@ -30,6 +30,7 @@ def find(work: Work) -> str:
     """
     store = datastore(work.paths.k3s_data)
     member = store in (Datastore.ETCD, Datastore.AGENT) and not is_change(work)
+    member = member and not is_removed(work.paths.k3s_data)
     present = _configured(work) if member else None
     urls = list(dict.fromkeys([*([present] if present else []), *work.order.servers]))
     own = [] if member else [url for url in urls if _is_own(work, url)]
@@ -55,7 +56,7 @@ def _configured(work: Work) -> str | None:
 
 
 def _is_own(work: Work, url: str) -> bool:
-    at = attachment(work.config.interface)
+    at = attachment(work.config.interface, work.config.virtual_ip)
     return at is not None and urlsplit(url).hostname == at.address
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from k3sagentd.core.k3s import ServerOrAgent
 from k3sagentd.errors import MachineError
 from k3sagentd.files import write_atomically
+from k3sagentd.k3s.data import is_removed
 from k3sagentd.paths import Paths
 
 RESTART_S = 5.0
@@ -38,9 +39,15 @@ def start(paths: Paths, binary: Path, role: ServerOrAgent) -> None:
         return
     paths.k3s_log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", __name__, str(paths.root), str(binary), str(role)]
-    subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True
-    )
+    with paths.k3s_log.open("ab") as output:
+        # Nothing of the caller's: whoever reads its output would wait for us to end.
+        subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
     deadline = time.monotonic() + START_TIMEOUT_S
     while not running(paths):
         if time.monotonic() > deadline:
@@ -84,7 +91,8 @@ def _supervise(paths: Paths, binary: Path, role: str) -> int:
         signal.signal(signal.SIGTERM, _raise_exit)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         while True:
-            _run_once(paths.k3s_log, binary, role)
+            if not (is_removed(paths.k3s_data) and paths.dropin.exists()):
+                _run_once(paths.k3s_log, binary, role)
             time.sleep(RESTART_S)
 
 

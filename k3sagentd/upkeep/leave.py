@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from k3sagentd.config import Config
 from k3sagentd.control import ControlClient
-from k3sagentd.k3s import underway
+from k3sagentd.k3s import keepalived, underway
 from k3sagentd.k3s.install import method
 from k3sagentd.k3s.underway import Progress
 from k3sagentd.paths import Paths
@@ -48,6 +48,7 @@ def leave(paths: Paths, config: Config, say: Say) -> None:
         say("stop K3s, now and at every boot")
         with underway.alone(paths):
             method(config, paths).stop()
+            keepalived.withdraw(config, paths)
         progress = underway.save(paths, replace(progress, step=STOPPED))
     if progress.step == STOPPED:
         say("a server deletes this machine's Node")

@@ -113,6 +113,8 @@ def servers_missing(world: World) -> str | None:
         return None
     members = world.clusters[seal.ca_hash].members
     alive = [m for m in running if m.k3s.member in members]
+    if any(machine_excuse(world, m) is not None for m in alive):
+        return None  # a person must look at a member before it can go, or stay
     if len(alive) < len(members):
         return f"{len(members) - len(alive)} dead of {len(members)} members"
     if len(members) < servers or len(members) % 2 == 0:

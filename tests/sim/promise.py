@@ -330,7 +330,7 @@ class Promise:
         self._must(new.revision > before, "rosters go forward", f"{m.name}: {new.describe()}")
         known = self.rosters.setdefault((cluster, new.revision), new)
         self._must(known == new, "one roster for a revision", f"{m.name}: {new.describe()}")
-        takes_over = old is None or set(old.servers) < set(new.servers)
+        takes_over = old is None or bool(set(new.servers) - set(old.servers))
         self._must(
             len(new.servers) % 2 == 1 or takes_over,
             "the servers are odd",

@@ -24,6 +24,7 @@ from k3sagentd.core.words import NodePhase
 from tests.sim import cluster
 from tests.sim.computer import Computer
 from tests.sim.dice import Fault
+from tests.sim.promise import majority
 
 if TYPE_CHECKING:
     from tests.sim.world import World
@@ -195,8 +196,11 @@ def _step_down(world: World, m: Computer, order: Order) -> Verdict:
         return DONE
     if k3s.cluster != order.ca_hash:
         return Outcome.FAILED_FOR_GOOD, "the data of another cluster"
-    if k3s.member in cluster.of(world, _ca(m)).members and cluster.has_quorum(world, _ca(m), m):
-        return Outcome.FAILED, "it is a member still"
+    members = cluster.of(world, _ca(m)).members
+    others = [c for c in cluster.running_members(world, _ca(m), m) if c is not m]
+    answers = k3s.ready and cluster.has_quorum(world, _ca(m), m)
+    if k3s.member in members and answers and len(others) < majority(len(members)):
+        return Outcome.FAILED, "too few other servers are ready"
     world.promise.steps_down(m, str(k3s.cluster))
     k3s.running = k3s.ready = k3s.enabled = False
     k3s.aside.append(str(k3s.cluster))
@@ -329,7 +333,7 @@ def _probe(world: World, m: Computer, process: int) -> None:
         return
     m.probing = False
     order = m.node.drive.order
-    if order is not None and order.action is Action.STAND_DOWN:
+    if order is not None and order.action in (Action.STAND_DOWN, Action.STEP_DOWN):
         return
     world.feed(m, K3sProbed(now_s=m.clock(world.now_s), state=probe(world, m)))
 

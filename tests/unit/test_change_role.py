@@ -174,3 +174,23 @@ def test_a_wrong_configuration_of_k3s_does_not_stop_the_facts(m: Machine) -> Non
     assert facts.collect(m.paths, load_config(m.paths)).shared_flags == {}
     with pytest.raises(ConfigError):
         dropin.contents(INIT, None, load_config(m.paths), m.paths, m.at)
+
+
+# --- removed from etcd ----------------------------------------------------------------------
+
+
+def test_a_removed_member_joins_anew_and_never_founds(m: Machine) -> None:
+    m.put(*AS_SERVER, WAL, "server/db/etcd/tombstone")
+    m.ours(SERVER)
+    refused = m.apply(INIT)
+    assert refused.outcome is Outcome.FAILED
+    assert "was removed from its cluster" in str(refused.reason)
+    assert m.k3s.did == []
+    m.there = {}
+    assert m.apply(JOIN).outcome is Outcome.FAILED, "nobody is there to join"
+    assert (m.paths.k3s_data / "server/db/etcd/tombstone").exists()
+    m.there = {ONE: HASH}
+    assert m.apply(JOIN).outcome is Outcome.DONE
+    assert (m.paths.k3s_data / "server/db/etcd.removed/member/wal").exists()
+    assert "cluster-init" not in m.said()
+    assert "stop" in m.k3s.did
