@@ -305,6 +305,9 @@ def notes(node: Node, now_s: float) -> list[str]:
             "first boot; on all but one: rm -f /etc/machine-id /var/lib/dbus/machine-id; "
             "systemd-machine-id-setup; reboot"
         )
+    leaving, stays = node.leaving, drive.is_other_role(node)
+    if leaving is not None and not (leaving.done or leaving.refused or stays):
+        found.append(f"k3sagentd leave, {leaving.step}: waits for {leaving.told or 'a server'}")
     result = node.drive.result
     if node.phase is NodePhase.READY and result is not None and result.reason is not None:
         # K3s does its part; the rest of what was ordered is tried again all the same.
