@@ -146,7 +146,7 @@ def _machines(site: dict[str, Any], nodes: list[dict[str, Any]]) -> str:
     ready = [row for row in nodes if row["phase"] == "ready" and row["age_s"] == 0]
     servers = sum(row["id"] in listed for row in ready)
     here = f"{site['seen']} here, {silent} not heard" if silent else f"{site['seen']} here"
-    return f"{here}; {servers} of {len(listed)} servers ready"
+    return f"{here}; {servers} of {max(len(listed), site['servers'])} servers ready"
 
 
 def rows(nodes: list[dict[str, Any]], *, colour: bool) -> list[str]:
