@@ -11,6 +11,7 @@ import time
 from typing import Any
 
 from k3sagentd.control import ControlClient
+from k3sagentd.core.status import duration
 from k3sagentd.errors import TimedOutError, UnavailableError
 from k3sagentd.paths import Paths
 from k3sagentd.yaml_files import files_of
@@ -110,10 +111,10 @@ async def registration(paths: Paths, *, as_json: bool) -> int:
 def table(found: dict[str, Any], *, colour: bool | None = None) -> str:
     """The site in lines, as systemctl would show it."""
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ if colour is None else colour
-    site, node = found["site"], found["node"]
+    site, node, nodes = found["site"], found["node"], _present(found["nodes"])
     facts = [
         ("Site", f"{site['id']} ({site['phase']}, epoch {site['epoch']})"),
-        ("Machines", f"{site['seen']} of {site['nodes']} here, {site['quorum']} must agree"),
+        ("Machines", _machines(site, nodes)),
         ("This node", f"{node['name']} ({node['id'][:8]}), {node['role']}, {node['phase']}"),
     ]
     if also := site.get("also"):
@@ -127,7 +128,25 @@ def table(found: dict[str, Any], *, colour: bool | None = None) -> str:
     facts += [("Refuses", f"{each['address']}: {each['reason']}") for each in refused]
     width = max(len(name) for name, _ in facts)
     lines = [f"{name:>{width}}: {value}" for name, value in facts]
-    return "\n".join([*lines, "", *rows(found["nodes"], colour=colour)])
+    return "\n".join([*lines, "", *rows(nodes, colour=colour)])
+
+
+def _present(nodes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without what a machine was before it got a new image: it is here as another node."""
+    here = {(row["name"], row["address"]) for row in nodes if row["age_s"] == 0}
+    return [row for row in nodes if row["age_s"] == 0 or (row["name"], row["address"]) not in here]
+
+
+def _machines(site: dict[str, Any], nodes: list[dict[str, Any]]) -> str:
+    """Who is here: before the seal counted against the quorum, after it against the servers."""
+    if site["phase"] != "sealed":
+        return f"{site['seen']} of {site['nodes']} here, {site['quorum']} must agree"
+    silent = sum(row["age_s"] > 0 for row in nodes)
+    listed = site["roster"]
+    ready = [row for row in nodes if row["phase"] == "ready" and row["age_s"] == 0]
+    servers = sum(row["id"] in listed for row in ready)
+    here = f"{site['seen']} here, {silent} not heard" if silent else f"{site['seen']} here"
+    return f"{here}; {servers} of {max(len(listed), site['servers'])} servers ready"
 
 
 def rows(nodes: list[dict[str, Any]], *, colour: bool) -> list[str]:
@@ -139,7 +158,7 @@ def rows(nodes: list[dict[str, Any]], *, colour: bool) -> list[str]:
             row["address"] or "-",
             row["role"],
             row["phase"],
-            "now" if row["age_s"] == 0 else f"{row['age_s']:.0f} s ago",
+            "now" if row["age_s"] == 0 else f"{duration(row['age_s'])} ago",
             row["id"][:8],
         )
         for row in nodes

@@ -17,9 +17,9 @@ from k3sagentd.upkeep import reset as resetting
 from k3sagentd.upkeep import service
 
 FORCE = """\
-This machine starts a cluster: you decide instead of a quorum. Is the old cluster, or another
-machine that starts one, alive after all, there are two clusters for good. Machines that hold data
-of an old cluster stay in conflict until k3sagentd reset; all others follow this one."""
+This machine starts a new, empty cluster: you decide instead of a quorum. If the old cluster, or
+another machine that starts one, is alive after all, there are two clusters for good. Machines that
+hold data of an old cluster stay in conflict until k3sagentd reset; all others follow this one."""
 
 
 def say(text: str) -> None:

@@ -64,9 +64,19 @@ def holds_data(node: Node) -> bool:
     return node.durable.started_epoch is not None and not starting
 
 
+def _has_data(node: Node) -> bool:
+    """Whether K3s here has data of the cluster that it knows: by the disk, or, as that was looked
+    at before K3s had begun, by what it was started to be."""
+    order = node.drive.order
+    started = order is not None and order.action in (Action.INIT, Action.JOIN)
+    if started and node.drive.outcome is Outcome.DONE:
+        return True
+    return node.facts is not None and node.facts.datastore is not Datastore.NONE
+
+
 def superseded(node: Node) -> str | None:
     """The operator forced a new cluster, and this machine has data of the one before."""
-    if node.facts is None or node.facts.datastore is Datastore.NONE:
+    if not _has_data(node):
         return None
     for hello in node.up:
         if hello.generation > node.generation:
@@ -93,7 +103,7 @@ def why_not_force(node: Node) -> str | None:
     store = node.facts.datastore
     if node.seal is not None and store is Datastore.ETCD:
         return "this machine has the data of the site's cluster, and must not found another"
-    if store is Datastore.AGENT or (node.seal is not None and store is not Datastore.NONE):
+    if store is Datastore.AGENT or (node.seal is not None and _has_data(node)):
         return "this machine's K3s has data of the old cluster; k3sagentd reset first"
     return None
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, assert_never
 
-from k3sagentd.core import drive, election, guards, log, ranking, registration, roster
-from k3sagentd.core.hello import fixed_urls, k3s_role, own_hello
+from k3sagentd.core import drive, election, guards, log, paxos, ranking, registration, roster
+from k3sagentd.core.hello import fixed_urls, has_etcd, k3s_role, own_hello
 from k3sagentd.core.k3s import Outcome, ServerOrAgent
 from k3sagentd.core.messages import Hello
 from k3sagentd.core.state import Accepting, Node, Preparing
@@ -209,13 +209,38 @@ def _result(node: Node, now_s: float) -> str:
     if node.drive.order is None:
         return "K3s on this machine"
     if node.drive.outcome is Outcome.DONE:
-        return f"K3s on this machine to be ready: {node.k3s.detail}"
+        line = f"K3s on this machine to be ready: {node.k3s.detail}"
+        return f"{line}; {lost}" if (lost := quorum_lost(node)) else line
     if result is None:
         return f"k3sagentd-apply to take the order ({node.drive.order.action})"
     if retry_at_s is None:
         return f"{node.drive.order.action}: {result.step}"
     again = f"; tries again in {duration(max(0.0, retry_at_s - now_s))}"
     return f"{node.drive.order.action} failed at «{result.step}»: {result.reason}{again}"
+
+
+def quorum_lost(node: Node) -> str | None:
+    """Too few of etcd's members are heard: without more of them the cluster takes no changes.
+
+    A founding server that never joined is no member; of who was never heard we know nothing, and
+    a K3s that is ready here tells us that it is not needed.
+    """
+    members = []
+    for each in roster.members(node):
+        peer = node.peers.get(each)
+        unknown = peer is None and not node.k3s.ready and has_etcd(node)
+        if each == node.id or unknown or (peer is not None and peer.hello.member):
+            members.append(each)
+    silent = [each for each in members if roster.absent_since_s(node, each) is not None]
+    here, needed = len(members) - len(silent), paxos.quorum(len(members))
+    if here >= needed:
+        return None
+    names = ", ".join(node.name_of(each) for each in silent)
+    missing = f"{needed - here} of " if needed - here < len(silent) else ""
+    return (
+        f"{here} of etcd's {len(members)} servers here, {needed} must be, or the cluster takes no "
+        f"changes: power on {missing}{names}"
+    )
 
 
 def duration(seconds: float) -> str:
@@ -232,6 +257,9 @@ def _servers(node: Node, now_s: float) -> Iterator[str]:
     if line := unserved(node, now_s):
         yield f"waits for {line}"
         return
+    if line := quorum_lost(node):
+        yield line
+        return
     after_s = node.site.replace_after_s
     for each in roster.members(node):
         since_s = roster.absent_since_s(node, each)
@@ -242,7 +270,18 @@ def _servers(node: Node, now_s: float) -> Iterator[str]:
             yield f"{silent}; another machine takes its place after {duration(after_s)}"
         elif roster.desired(node, now_s) is None:
             yield f"{silent}, and no machine here can take its place; power it on, or add one"
+    yield from _own_role(node, now_s)
+    steward = node.steward
+    if steward.reason and (steward.errand is not None or now_s < steward.not_before_s):
+        yield f"the cluster's API: {steward.reason}"
+
+
+def _own_role(node: Node, now_s: float) -> Iterator[str]:
+    """What stands in the way of the role that is set here; nothing while it is being seen to."""
     servers = roster.members(node)
+    ready = {*roster.ready_servers(node)}
+    if not ready.issuperset(servers) or roster.desired(node, now_s) is not None:
+        return
     if node.site.role is Role.SERVER and node.id not in servers:
         yield (
             f"role: server is set here, but {len(servers) + 1} servers are no better than "
@@ -250,8 +289,6 @@ def _servers(node: Node, now_s: float) -> Iterator[str]:
         )
     if node.site.role is Role.AGENT and node.id in servers:
         yield "role: agent is set here, but no machine can take this server's place; add one"
-    if node.steward.reason is not None:
-        yield f"the cluster's API: {node.steward.reason}"
 
 
 def notes(node: Node, now_s: float) -> list[str]:
@@ -268,6 +305,9 @@ def notes(node: Node, now_s: float) -> list[str]:
             "first boot; on all but one: rm -f /etc/machine-id /var/lib/dbus/machine-id; "
             "systemd-machine-id-setup; reboot"
         )
+    leaving, stays = node.leaving, drive.is_other_role(node)
+    if leaving is not None and not (leaving.done or leaving.refused or stays):
+        found.append(f"k3sagentd leave, {leaving.step}: waits for {leaving.told or 'a server'}")
     result = node.drive.result
     if node.phase is NodePhase.READY and result is not None and result.reason is not None:
         # K3s does its part; the rest of what was ordered is tried again all the same.

@@ -20,7 +20,7 @@ comment. The nodes are real cores on a wire of memory; nothing moves but by a co
 - ``leave a drain|remove``: the operator takes it out of the cluster
 - ``forget a``: its state file is lost; ``full a``, ``emptied a``: its disk takes nothing; again
 - ``force a``: the operator decides; ``clone a``: another machine says that it is a
-- ``status a``: its one line
+- ``status a``: its one line; ``notes a``: what it says should be mended
 """
 
 from __future__ import annotations
@@ -393,6 +393,11 @@ class Wire:
             how = "done" if leaving.done else leaving.refused or f"waits for {leaving.told}"
             text += f"; {leaving.step}: {how}"
         self._lines.append((name, text))
+
+    def _notes(self, name: str) -> None:
+        m = self.machines[name]
+        assert m.node is not None
+        self._lines += [(name, each) for each in status.notes(m.node, self.now_s)]
 
     # --- what follows -----------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from k3sagentd.cli.main import main
 ROOT = Path(__file__).resolve().parents[2]
 VIEW = {
     "site": {"id": "s", "phase": "sealed", "epoch": 0, "nodes": 2, "servers": 1, "seen": 2,
-             "quorum": 2, "registration": ["https://10.0.0.1:6443"]},
+             "quorum": 2, "registration": ["https://10.0.0.1:6443"], "roster": ["a" * 32]},
     "node": {"id": "a" * 32, "name": "n1", "role": "server", "phase": "ready",
              "waiting_for": None, "notes": ["n2 has this machine's machine-id"]},
     "nodes": [
@@ -88,11 +88,23 @@ def test_root_is_asked_for_in_one_line(arguments: list[str], monkeypatch, capsys
 def test_the_table_is_aligned_and_plain() -> None:
     lines = table(VIEW, colour=False).splitlines()
     assert lines[0] == "       Site: s (sealed, epoch 0)"
+    assert lines[1] == "   Machines: 2 here, 1 not heard; 1 of 1 servers ready"
     assert "       Note: n2 has this machine's machine-id" in lines
     assert lines[-2:] == [
         "n1    10.0.0.1  server  ready    now      aaaaaaaa",
         "n2    -         agent   joining  3 s ago  bbbbbbbb",
     ]
+
+
+def test_what_a_machine_was_before_its_new_image_is_not_shown() -> None:
+    before = {**VIEW["nodes"][0], "id": "c" * 32, "age_s": 9.0}
+    anew = {**VIEW, "nodes": [*VIEW["nodes"], before]}
+    assert table(anew, colour=False) == table(VIEW, colour=False)
+
+
+def test_before_the_seal_the_table_counts_against_the_quorum() -> None:
+    early = {**VIEW, "site": {**VIEW["site"], "phase": "discovering"}}
+    assert "   Machines: 2 of 2 here, 2 must agree" in table(early, colour=False).splitlines()
 
 
 def test_what_wait_waits_for() -> None:
