@@ -13,7 +13,7 @@ from pathlib import Path
 
 from k3sagentd.core.k3s import Action, Datastore, ServerOrAgent
 from k3sagentd.errors import HopelessError, MachineError
-from k3sagentd.k3s.data import MARKER, ca_hash, datastore, move, put_aside
+from k3sagentd.k3s.data import AGENT, MARKER, ca_hash, datastore, move, put_aside
 from k3sagentd.k3s.kube import Kube
 from k3sagentd.k3s.ownership import is_adopted
 from k3sagentd.k3s.quorum import quorum
@@ -109,7 +109,12 @@ def _restore_images(data: Path) -> None:
 def _put_server_aside(data: Path) -> None:
     """With the word of whose data it is, which is the server's: a demoted init node is an agent
     like any other. Its agent part stays: same cluster, same CA, and the images need not come again.
+
+    But the kubelet's certificate, which shows a machine that has joined: this one must ask where to
+    join, and is told when its Node, and with it its member of etcd, is out of the way.
     """
+    if (data / AGENT).exists():
+        put_aside(data / AGENT, "client-kubelet.crt.before-agent")
     if (data / MARKER).exists():
         move(data / MARKER, data / "server" / MARKER)
     put_aside(data / "server", "server.before-agent")

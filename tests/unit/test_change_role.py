@@ -66,6 +66,10 @@ def test_a_demoted_init_node_is_an_agent_like_any_other(m: Machine) -> None:
     assert (aside / "db/etcd/member/wal").is_dir()
     assert (aside / MARKER).exists()
     assert "tls-san" not in m.said()
+    # Until K3s has joined it is nobody's member: it asks where to join, and whether it may.
+    found = facts.collect(m.paths, load_config(m.paths))
+    assert (found.datastore, found.ca_hash, found.origin) == (Datastore.NONE, HASH, None)
+    m.put(*AS_AGENT)
     found = facts.collect(m.paths, load_config(m.paths))
     assert (found.datastore, found.ca_hash, found.origin) == (Datastore.AGENT, HASH, None)
     # And back: what was aside stays, and a second time has a name of its own.
