@@ -33,7 +33,7 @@ from k3sagentd.core.words import NodeId, NodePhase
 VIEW_S = 30.0
 """A look at the cluster is good for so long."""
 BUSY_S = 5.0
-"""Before it is looked again whether another holder has given the Lease back."""
+"""Before it is looked again whether another holder has given the Lease back, or K3s a Node up."""
 LEASE_S = 60.0
 """A Lease that its holder has not written for so long is anybody's. Longer than any errand but a
 drain takes, and judged by our own clock, as client-go does (tools/leaderelection)."""
@@ -48,6 +48,9 @@ DOING = {
     LeaveStep.STOP: "enough other servers to be ready",
     LeaveStep.REMOVE: "its Node to be removed",
 }
+FADING_S = 60.0
+"""For so long it is looked often whether the Node in a joiner's way is still ready: somewhat longer
+than K3s takes to miss it (kube-controller-manager, ``--node-monitor-grace-period``, 40 s)."""
 WISHES_LIMIT = 512
 """Peers that may wait for us at a time."""
 
@@ -103,7 +106,12 @@ def _is_unseen(node: Node, wish: Wish, now_s: float) -> bool:
     if now_s >= wish.heard_s + WISH_S:
         return False
     viewed_s = node.steward.viewed_s
-    return now_s >= viewed_s + VIEW_S or (wish.step is not None and viewed_s < wish.since_s)
+    if now_s >= viewed_s + VIEW_S or (wish.step is not None and viewed_s < wish.since_s):
+        return True
+    # K3s gives up a Node that it does not hear any more within the minute.
+    kube = _node_named(node.steward.view, wish.node_name) if node.steward.view else None
+    fading = wish.role is not None and now_s < wish.since_s + FADING_S
+    return fading and kube is not None and kube.ready and now_s >= viewed_s + BUSY_S
 
 
 def _work(node: Node, view: ClusterView, now_s: float) -> dict[str, Any] | None:
@@ -209,6 +217,7 @@ def deadlines(node: Node) -> Iterator[float]:
         yield steward.viewed_s + BUSY_S
     if steward.wishes:
         yield steward.viewed_s + VIEW_S
+        yield steward.viewed_s + BUSY_S
     if node.short_since_s is not None:
         yield max(node.short_since_s, node.rostered_s) + replace_after_s
         for machine in roster.members(node):
