@@ -58,6 +58,9 @@ class Knobs:
     ``--node-monitor-grace-period``)."""
     request_s: float = 0.0
     """How long a server works on each request to a node path."""
+    reads: int = 20
+    """Requests that a server reads for at a time on node paths, and half as many that write
+    (pkg/server/handlers/router.go)."""
     version: str = "v1.33.4+k3s1"
     """The release that it says it is. Before v1.22.2 SQLite is not converted (K3S.md 1)."""
     tombstone: bool = True

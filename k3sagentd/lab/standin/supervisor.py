@@ -19,8 +19,6 @@ from k3sagentd.lab.standin.options import Knobs, Options
 from k3sagentd.lab.standin.store import Store
 from k3sagentd.lab.standin.tokens import Tokens
 
-READS_LIMIT, WRITES_LIMIT = 20, 10
-"""At a time, on node paths (pkg/server/handlers/router.go)."""
 SERVER_PATHS = ("/v1-k3s/server-bootstrap", "/v1-k3s/token", "/v1-k3s/standin/member")
 OPEN_PATHS = ("/ping", "/cacerts")
 
@@ -96,7 +94,8 @@ class Supervisor:
     async def _limited(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Beyond so many at a time: later (k8s.io/apiserver, maxinflight.go)."""
         reading = request.method in ("GET", "HEAD")
-        kind, limit = ("reads", READS_LIMIT) if reading else ("writes", WRITES_LIMIT)
+        reads = self._knobs.reads
+        kind, limit = ("reads", reads) if reading else ("writes", reads // 2)
         if self._running[kind] >= limit:
             text = "Too many requests, please try again later."
             return web.Response(status=429, text=text, headers={"Retry-After": "1"})
