@@ -9,6 +9,7 @@ is alive: two members of etcd are worse than one (K3S.md 4).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from k3sagentd.core import ranking
 from k3sagentd.core.cluster import Roster
@@ -144,13 +145,18 @@ def may_serve(hello: Hello) -> bool:
     return able and hello.datastore in (Datastore.NONE, Datastore.AGENT)
 
 
-def desired(node: Node, now_s: float) -> tuple[NodeId, ...] | None:
+def desired(node: Node, now_s: float, joiner: NodeId | None = None) -> tuple[NodeId, ...] | None:
     """The servers as they should be listed next; None where the list is right, or must wait.
 
     One step at a time: a server that is alive goes only after who takes its place is ready, one
-    that is dead goes with the word that names another.
+    that is dead goes with the word that names another. ``joiner`` asks to join just now, which may
+    be here before its hello says so.
     """
     heard = {h.node: h for h in (own_hello(node), *node.kin)}
+    if joiner is not None and joiner in heard:
+        heard[joiner] = replace(
+            heard[joiner], phase=NodePhase.JOINING, k3s_role=ServerOrAgent.AGENT
+        )
     listed = members(node)
     current = (*listed, *_unlisted(node, heard, listed))
     absent = [each for each in current if each not in heard]

@@ -243,7 +243,7 @@ def _judge(
     if view is None or now_s >= node.steward.viewed_s + VIEW_S:
         soon = node.steward.failures == 0
         return NotYet(reason="the list of the cluster's Nodes to be read", soon=soon)
-    if not listed and sender in (roster.desired(node, now_s) or ()):
+    if not listed and sender in (roster.desired(node, now_s, sender) or ()):
         return NotYet(reason="this machine to be listed as a server", soon=True)
     kube = _node_named(view, message.node_name)
     if kube is None or not _is_in_the_way(kube, sender):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence, Set
@@ -63,9 +64,12 @@ class Drive:
 
     async def run(self) -> None:
         """Poll while there is something to poll, else sleep until woken."""
-        next_probe_s = 0.0
+        next_probe_s, phase = 0.0, self._engine.node.phase
         while True:
+            self._wake.clear()
             node = self._engine.node
+            if node.phase is not phase:
+                next_probe_s, phase = 0.0, node.phase
             running = node.drive.outcome is Outcome.RUNNING and node.drive.order is not None
             if running:
                 await self._look_for_result()
@@ -74,19 +78,15 @@ class Drive:
                 probing = True  # after a restart of the daemon K3s may be running already
             if probing and time.monotonic() >= next_probe_s:
                 await self._probe()
-                ready = self._engine.node.phase is NodePhase.READY
+                phase = self._engine.node.phase
+                ready = phase is NodePhase.READY
                 next_probe_s = time.monotonic() + (PROBE_READY_S if ready else PROBE_BUSY_S)
             pause_s = RESULT_POLL_S if running else None
             if probing:
                 left_s = max(0.05, next_probe_s - time.monotonic())
                 pause_s = min(left_s, pause_s or left_s)
-            self._wake.clear()
-            try:
+            with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), pause_s)
-            except TimeoutError:
-                continue
-            if self._engine.node.phase is not node.phase:
-                next_probe_s = 0.0
 
     async def _look_for_result(self) -> None:
         try:

@@ -242,20 +242,26 @@ def _exec(arguments: argparse.Namespace) -> int:
     return subprocess.run(lab.command_in(arguments.node, command), check=False).returncode
 
 
-async def _status(lab: Lab, *, as_json: bool) -> int:
-    views: dict[str, Any] = {}
+async def views(lab: Lab) -> dict[str, dict[str, Any]]:
+    """Every machine's own view; ``error`` says why there is none."""
+    found: dict[str, dict[str, Any]] = {}
     for name in lab.machines:
         if lab.pid(name) is None:
-            views[name] = {"error": "off"}
+            found[name] = {"error": "off"}
             continue
         try:
-            views[name] = (await ControlClient(lab.control(name)).status())["status"]
+            found[name] = (await ControlClient(lab.control(name)).status())["status"]
         except K3sagentdError as error:
-            views[name] = {"error": str(error)}
+            found[name] = {"error": str(error)}
+    return found
+
+
+async def _status(lab: Lab, *, as_json: bool) -> int:
+    seen = await views(lab)
     if as_json:
-        print(json.dumps(views, indent=1))
+        print(json.dumps(seen, indent=1))
         return 0
-    for name, view in views.items():
+    for name, view in seen.items():
         if "error" in view:
             print(f"{name}: {view['error']}\n")
             continue

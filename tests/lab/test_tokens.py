@@ -1,49 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tokens where they are used: what an agent's disk holds, and a site that gets a new token."""
 
-import contextlib
-import os
-import signal
 import time
-from pathlib import Path
 
 from k3sagentd.keys import derive
 from k3sagentd.lab import site
+from tests.lab.cluster import end, restart_daemon
 from tests.lab.conftest import FAST, Bench, complete
 
 TIMEOUT_S = 60.0
-
-
-def processes(name: str, *words: str) -> list[int]:
-    """Processes of a machine, by its PID namespace, whose command line has ``words``."""
-    first = site.load().pid(name)
-    assert first is not None, f"{name} is off"
-    home = Path(f"/proc/{first}/ns/pid").readlink()
-    found = []
-    for entry in Path("/proc").iterdir():
-        with contextlib.suppress(OSError):
-            if entry.name.isdigit() and (entry / "ns/pid").readlink() == home:
-                line = (entry / "cmdline").read_bytes().split(b"\0")
-                if line[1 : 1 + len(words)] == [word.encode() for word in words]:
-                    found.append(int(entry.name))
-    return found
-
-
-def end(name: str, *words: str) -> None:
-    """End a process of a machine; whoever keeps it running there starts it again."""
-    (pid,) = processes(name, *words)
-    started = site.start_time(pid)
-    os.kill(pid, signal.SIGTERM)
-    deadline = time.monotonic() + TIMEOUT_S
-    while site.start_time(pid) == started:
-        assert time.monotonic() < deadline, f"{words} does not end on {name}"
-        time.sleep(0.05)
-
-
-def restart_daemon(lab: Bench, name: str) -> None:
-    """``systemctl restart k3sagentd; k3sagentd wait --for joined``."""
-    end(name, "-m", "k3sagentd", "run")
-    lab.inside(name, "k3sagentd", "wait", "--for", "joined", "--timeout", "60s")
 
 
 def restart_k3s(lab: Bench, name: str) -> None:

@@ -141,7 +141,7 @@ FAULTS = (
         50,
         (
             f"{CORE}.drive:_remember",
-            "turn.persist(node_name=name, started_epoch=epoch)",
+            "turn.persist(node_name=name, started_epoch=epoch, started_generation=generation)",
             "turn.persist(node_name=name)",
         ),
     ),
@@ -326,6 +326,23 @@ FAULTS = (
         (f"{CORE}.machine:_on_hello", "if hello.instance != node.site.instance:", NEVER),
         (f"{CORE}.machine:_on_hello", "if flips >= FLIPS_OF_CLONES:", NEVER),
     ),
+    # --- after the seal
+    _plant(
+        "writes the roster without the Lease",
+        200,
+        (f"{CORE}.steward:_next", "return held | work if mine else held", "return work"),
+        focus=(Fault.SERVER_GONE,),
+    ),
+    _plant(
+        "follows a forced start with data of the old cluster",
+        500,
+        (
+            f"{CORE}.guards:holds_data",
+            "    order, outcome = node.drive.order",
+            "    return False\n    order, outcome = node.drive.order",
+        ),
+        focus=(Fault.FORCED,),
+    ),
     # --- that it finishes, and says what it waits for
     _plant(
         "takes an old hello for a new one",
@@ -350,9 +367,9 @@ FAULTS = (
         "is due by one sum and not by the other (found)",
         1000,
         (
-            f"{CORE}.drive:_ask",
-            "if turn.now_s < node.drive.asked_s + ASK_S:",
-            "if turn.now_s - node.drive.asked_s < ASK_S:",
+            f"{CORE}.registration:ask",
+            "if turn.now_s < due_s(node):",
+            "if turn.now_s - node.drive.asked_s < due_s(node) - node.drive.asked_s:",
         ),
     ),
     _plant(

@@ -6,16 +6,19 @@ import email.utils
 import re
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from k3sagentd import store
 from k3sagentd.core import machine, status
 from k3sagentd.core.effects import Persist, Report, Send
+from k3sagentd.core.k3s import Outcome
 from k3sagentd.core.messages import Fetch
 from k3sagentd.core.state import Durable, Site
-from k3sagentd.core.words import NodeId, Role
+from k3sagentd.core.words import NodeId, NodePhase, Role
 from k3sagentd.daemon import run as daemon
+from k3sagentd.daemon.drive import Drive
 from k3sagentd.daemon.engine import Engine
 from k3sagentd.daemon.links import Links
 from k3sagentd.daemon.run import label
@@ -83,6 +86,35 @@ def test_a_peers_clock_is_kept_by_the_clock_that_nobody_sets(
     found = clock.read(paths)
     assert found is not None
     assert clock.agreed(found, time.monotonic(), there_s - 60.0) == pytest.approx(there_s, abs=5)
+
+
+def test_k3s_is_looked_at_as_soon_as_it_is_to_change(tmp_path: Path) -> None:
+    drive = SimpleNamespace(order=object(), outcome=Outcome.DONE)
+    joining, ready = (
+        SimpleNamespace(phase=phase, drive=drive, facts=None)
+        for phase in (NodePhase.JOINING, NodePhase.READY)
+    )
+    at = SimpleNamespace(node=joining)
+    subject = Drive(at, Paths(tmp_path), (), dict)
+    looks = []
+
+    async def look() -> None:
+        looks.append(at.node.phase)
+        at.node = ready
+
+    async def follow() -> None:
+        task = asyncio.create_task(subject.run())
+        await asyncio.sleep(0.02)
+        assert looks == [NodePhase.JOINING]
+        # Hardly ready, the machine is told to be something else.
+        at.node = joining
+        subject.wake()
+        await asyncio.sleep(0.02)
+        assert looks == [NodePhase.JOINING] * 2
+        task.cancel()
+
+    subject._probe = look
+    asyncio.run(follow())
 
 
 class Wire:
