@@ -139,7 +139,8 @@ def conflict(node: Node) -> str | None:
             return None
         return (
             f"this machine has K3s data of another cluster ({_cluster(mine)}) than the site "
-            f"({_cluster(node.seal.ca_hash)}); move /var/lib/rancher/k3s aside here to join it"
+            f"({_cluster(node.seal.ca_hash)}); stop K3s and move /var/lib/rancher/k3s aside here "
+            "to join it"
         )
     clusters = {there: hello.node for hello in node.up if (there := claim(node, hello))}
     if mine is not None:
@@ -150,8 +151,8 @@ def conflict(node: Node) -> str | None:
         f"{_cluster(cluster)} on {node.name_of(holder)}" for cluster, holder in clusters.items()
     )
     return (
-        f"two clusters under one token: {named}; move /var/lib/rancher/k3s aside on the machines "
-        "of the one to give up"
+        f"two clusters under one token: {named}; stop K3s and move /var/lib/rancher/k3s aside on "
+        "the machines of the one to give up"
     )
 
 

@@ -93,9 +93,12 @@ class Fleet:
             said = (view["node"]["phase"], view["node"]["waiting_for"]) if view else "no answer"
             text += f"--- {machine.name}: {said}\n"
             if machine.leader() is not None:
-                journal = ("journalctl", "-b", "-n", "25", "--no-pager", "-o", "short-monotonic")
-                units = ("-u", "k3s*", "-u", "k3sagentd*")
-                text += machine.run(*journal, *units, check=False)
+                # Apart: K3s, which says the same each second, would leave no line for the others.
+                journal = ("journalctl", "-b", "--no-pager", "-o", "short-monotonic")
+                text += machine.run(*journal, "-n", "30", "-u", "k3sagentd*", check=False)
+                text += machine.run(
+                    *journal, "-n", "5", "-u", "k3s", "-u", "k3s-agent", check=False
+                )
             else:
                 text += machine.console()
         return text

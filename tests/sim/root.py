@@ -262,6 +262,9 @@ def _becomes_ready(world: World, m: Computer, power: int, starts: int) -> None:
         return
     if k3s.store is Datastore.ETCD and k3s.member not in cluster.of(world, _ca(m)).members:
         # Removed from the member list: its tombstone moves the data aside and it starts anew.
+        if k3s.joining is None and k3s.origin is not None:
+            dies(world, m)  # 51-k3sagentd-removed.conf: it would found another cluster
+            return
         k3s.aside.append(_ca(m))
         k3s.store, k3s.cluster, k3s.member = Datastore.NONE, None, None
         if k3s.joining is None:
