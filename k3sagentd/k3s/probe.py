@@ -13,6 +13,9 @@ from k3sagentd.k3s.ca import hash_of_cacerts
 
 TIMEOUT_S = 5.0
 BODY_LIMIT_BYTES = 256 * 1024
+READY = (200, 404, 429)
+"""Older releases have no readyz; then pong is all there is. And one that has no time to answer
+(K3S.md 3) is busy with those that join it: nobody is sent to a server that is not ready."""
 
 
 class Passwords:
@@ -63,8 +66,7 @@ async def _server(session: aiohttp.ClientSession, passwords: Passwords) -> K3sSt
     if ca_hash is None:
         return K3sState(running=True, detail="its server has no CA certificate yet")
     status = await _readyz(session, f"{base}/v1-k3s/readyz", passwords)
-    # Older releases have no readyz; then pong is all there is.
-    ready = status in (200, 404)
+    ready = status in READY
     detail = "ready" if ready else f"its server is up but not ready ({status})"
     return K3sState(running=True, ready=ready, ca_hash=ca_hash, detail=detail)
 

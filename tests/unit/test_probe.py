@@ -70,5 +70,9 @@ def test_no_other_password_is_tried_on_a_server_that_is_not_ready(
     assert server.tried == ["agent"]
 
 
+def test_a_server_that_is_busy_is_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert look(Server("agent", readyz=429), Passwords(["agent"]), monkeypatch).ready
+
+
 def test_a_server_that_takes_none_is_not_ready(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not look(Server("other"), Passwords(["agent", "server"]), monkeypatch).ready
