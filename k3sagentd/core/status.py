@@ -268,6 +268,8 @@ def _servers(node: Node, now_s: float) -> Iterator[str]:
         silent = f"server {node.name_of(each)} is not heard"
         if now_s < since_s + after_s:
             yield f"{silent}; another machine takes its place after {duration(after_s)}"
+        elif roster.is_heard_by_k3s(node, each, now_s):
+            yield f"{silent}, but K3s hears it; see why k3sagentd is silent there"
         elif roster.desired(node, now_s) is None:
             yield f"{silent}, and no machine here can take its place; power it on, or add one"
     yield from _own_role(node, now_s)
