@@ -148,7 +148,8 @@ def _initialising(node: Node, now_s: float) -> str:
 def _joining(node: Node, now_s: float) -> str:
     if line := unserved(node, now_s):
         return line
-    if node.durable.muted and (node.drive.asks or drive.is_kept_out(node, now_s)):
+    asked = node.drive.asks > 0 or node.drive.told is not None
+    if node.durable.muted and (asked or drive.is_kept_out(node, now_s)):
         return f"a person: {node.durable.muted}"
     stays = drive.is_other_role(node) and k3s_role(node) is ServerOrAgent.AGENT
     if stays and node.leaving is not None and not node.leaving.done:
