@@ -12,6 +12,7 @@ if WORKER is not None:
     os.environ["K3SAGENTD_FLEET"] = f"/var/lib/k3sagentd-fleet-{WORKER}"
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What shares machines stays together: the fleet's bases, and each lab file's sites."""
     for item in items:

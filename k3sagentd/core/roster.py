@@ -22,7 +22,7 @@ from k3sagentd.core.words import NodeId, NodePhase, Role
 
 SERVER = ServerOrAgent.SERVER
 ALIVE_S = 300.0
-"""So long K3s's word that a silent machine is alive is good."""
+"""So long K3s's word that a silent machine is alive is good, or for ``replace-after``."""
 
 
 def learn(turn: Turn, found: Roster | None) -> None:
@@ -100,11 +100,17 @@ def is_gone(node: Node, machine: NodeId, now_s: float) -> bool:
     Not by us, and not by K3s either, as far as we looked: its daemon alone may be what is silent.
     """
     due_s = _due_s(node, machine)
-    if due_s is None or now_s < due_s:
+    overdue = due_s is not None and due_s <= now_s
+    return overdue and not is_heard_by_k3s(node, machine, now_s)
+
+
+def is_heard_by_k3s(node: Node, machine: NodeId, now_s: float) -> bool:
+    """Whether K3s was seen to hear a machine that is silent to us, when we looked for its sake."""
+    due_s, view = _due_s(node, machine), node.steward.view
+    if due_s is None or view is None or not _has_looked(node, due_s, now_s):
         return False
-    view = node.steward.view if _has_looked(node, due_s, now_s) else None
     name = node.name_of(machine)
-    return view is None or not any(
+    return any(
         kube.ready and (kube.node == machine or (kube.node is None and kube.name == name))
         for kube in view.nodes
     )
@@ -123,8 +129,13 @@ def _due_s(node: Node, machine: NodeId) -> float | None:
     return None if since_s is None else since_s + node.site.replace_after_s
 
 
+def look_again_s(node: Node) -> float:
+    """Until when the last look tells whether a silent machine is alive."""
+    return node.steward.viewed_s + min(ALIVE_S, node.site.replace_after_s)
+
+
 def _has_looked(node: Node, due_s: float, now_s: float) -> bool:
-    return due_s <= node.steward.viewed_s and now_s < node.steward.viewed_s + ALIVE_S
+    return due_s <= node.steward.viewed_s and now_s < look_again_s(node)
 
 
 def is_overdue(node: Node, now_s: float) -> bool:

@@ -148,7 +148,8 @@ def _initialising(node: Node, now_s: float) -> str:
 def _joining(node: Node, now_s: float) -> str:
     if line := unserved(node, now_s):
         return line
-    if node.durable.muted and (node.drive.asks or drive.is_kept_out(node, now_s)):
+    asked = node.drive.asks > 0 or node.drive.told is not None
+    if node.durable.muted and (asked or drive.is_kept_out(node, now_s)):
         return f"a person: {node.durable.muted}"
     stays = drive.is_other_role(node) and k3s_role(node) is ServerOrAgent.AGENT
     if stays and node.leaving is not None and not node.leaving.done:
@@ -268,6 +269,8 @@ def _servers(node: Node, now_s: float) -> Iterator[str]:
         silent = f"server {node.name_of(each)} is not heard"
         if now_s < since_s + after_s:
             yield f"{silent}; another machine takes its place after {duration(after_s)}"
+        elif roster.is_heard_by_k3s(node, each, now_s):
+            yield f"{silent}, but K3s hears it; see why k3sagentd is silent there"
         elif roster.desired(node, now_s) is None:
             yield f"{silent}, and no machine here can take its place; power it on, or add one"
     yield from _own_role(node, now_s)

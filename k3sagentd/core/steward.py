@@ -223,7 +223,7 @@ def deadlines(node: Node) -> Iterator[float]:
         for machine in roster.members(node):
             if (since_s := roster.absent_since_s(node, machine)) is not None:
                 yield since_s + replace_after_s
-                yield steward.viewed_s + roster.ALIVE_S
+                yield roster.look_again_s(node)
 
 
 # --- who wants something of us --------------------------------------------------------------

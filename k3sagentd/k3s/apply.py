@@ -14,14 +14,14 @@ from collections.abc import Iterator
 
 from k3sagentd.config import load_config
 from k3sagentd.core.k3s import Action, Datastore, Order, Outcome, Result
-from k3sagentd.errors import ConfigError, HopelessError, K3sagentdError, MachineError
+from k3sagentd.errors import ConfigError, HopelessError, K3sagentdError
 from k3sagentd.k3s import change_role, errand, facts, keepalived, order, underway
 from k3sagentd.k3s.adopt import adopt
 from k3sagentd.k3s.clock import Clock
-from k3sagentd.k3s.data import ca_hash, datastore, is_removed, read_marker
+from k3sagentd.k3s.data import ca_hash, datastore, read_marker
 from k3sagentd.k3s.forget import forget
 from k3sagentd.k3s.install import method
-from k3sagentd.k3s.make import install, make
+from k3sagentd.k3s.make import check_may_start, install, make
 from k3sagentd.k3s.ownership import is_adopted
 from k3sagentd.k3s.preflight import check_foreign, preflight
 from k3sagentd.k3s.servers import find
@@ -125,11 +125,7 @@ def _preflight(work: Work) -> Iterator[str]:
 def _check_init(work: Work) -> None:
     data = work.paths.k3s_data
     origin, asked = read_marker(data), asked_for(work)
-    if is_removed(data):
-        raise MachineError(
-            f"this server was removed from its cluster ({data} has a tombstone); it waits for one "
-            "of the cluster's servers to join it again"
-        )
+    check_may_start(work)
     if datastore(data) is Datastore.AGENT:
         raise HopelessError(f"{data} has the data of an agent of another cluster; move it aside")
     if origin is not None and origin != asked:

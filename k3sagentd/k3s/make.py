@@ -14,6 +14,7 @@ from typing import Any
 from k3sagentd import keys
 from k3sagentd.core.k3s import Action, Datastore, ServerOrAgent
 from k3sagentd.discovery.addresses import attachment
+from k3sagentd.errors import MachineError
 from k3sagentd.k3s import credentials, dropin, keepalived
 from k3sagentd.k3s.change_role import change, is_change
 from k3sagentd.k3s.convert import check as check_conversion
@@ -43,6 +44,16 @@ def install(work: Work) -> None:
     work.install.install(work.order)
 
 
+def check_may_start(work: Work) -> None:
+    """Raise MachineError for an INIT of a removed member: it would found a cluster of its own."""
+    data = work.paths.k3s_data
+    if work.order.action is Action.INIT and is_removed(data):
+        raise MachineError(
+            f"this server was removed from its cluster ({data} has a tombstone); it waits for one "
+            "of the cluster's servers to join it again"
+        )
+
+
 def make(work: Work, server: str | None) -> Iterator[str]:
     """Make this machine's K3s what the order says; ``server`` is the address that was checked."""
     is_server = work.order.role is ServerOrAgent.SERVER and work.tokens is not None
@@ -64,6 +75,7 @@ def _make(
 ) -> Iterator[str]:
     paths, order, data = work.paths, work.order, work.paths.k3s_data
     if order.role is ServerOrAgent.SERVER and is_removed(data):
+        check_may_start(work)  # again: K3s may have learned of it since
         yield "move the data of the removed member aside"
         work.install.stop()
         put_aside(data / ETCD, "etcd.removed")

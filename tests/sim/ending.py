@@ -178,10 +178,11 @@ def machine_excuse(world: World, m: Computer) -> str | None:
         return "a flag that all servers share is another here"
     if m.k3s.cluster not in (None, seal.ca_hash):
         return "it has data of another cluster"
-    if not isinstance(nomination, Nominate) or m.k3s.cluster == seal.ca_hash:
+    listed = m.id in m.node.roster.servers and m.k3s.store is not Datastore.ETCD
+    if not isinstance(nomination, Nominate) or (m.k3s.cluster == seal.ca_hash and not listed):
         return None
     alive = {other.id: other for other in world.computers if other.node is not None}
-    for founder in nomination.servers:
+    for founder in m.node.roster.servers if listed else nomination.servers:
         plan = alive[founder].plan if founder in alive else None
         if plan is None or plan.install_fails_for_good or plan.shared_flags != seal.shared_flags:
             return f"the founding server {founder} cannot be prepared"
@@ -229,7 +230,8 @@ def _muted(world: World, m: Computer, found: re.Match[str]) -> bool:
 
 
 def _clusters(world: World, m: Computer, found: re.Match[str]) -> bool:
-    known = {c.k3s.cluster for c in world.computers if c.node and c.k3s.cluster}
+    # Who was told to join a cluster may have its data, even where it was kept out so far.
+    known = {c.k3s.cluster or c.k3s.joining for c in world.computers if c.node} - {None}
     seal = sealed_to(world)
     return len(known | ({seal.ca_hash} if seal else set())) > 1
 

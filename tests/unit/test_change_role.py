@@ -11,7 +11,8 @@ from k3sagentd.config import load_config
 from k3sagentd.core.k3s import Action, Datastore, Order, Outcome
 from k3sagentd.discovery.addresses import Attachment
 from k3sagentd.errors import ConfigError
-from k3sagentd.k3s import dropin, facts
+from k3sagentd.k3s import credentials, dropin, facts
+from k3sagentd.k3s.credentials import Credentials
 from k3sagentd.k3s.data import MARKER
 from tests.unit.rooted import (
     AGENT,
@@ -198,3 +199,23 @@ def test_a_removed_member_joins_anew_and_never_founds(m: Machine) -> None:
     assert (m.paths.k3s_data / "server/db/etcd.removed/member/wal").exists()
     assert "cluster-init" not in m.said()
     assert "stop" in m.k3s.did
+
+
+def test_a_member_that_learns_of_its_removal_meanwhile_is_not_started(
+    m: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """K3s, which its unit had started at boot, hears from its peers what it is no more."""
+    m.put(*AS_SERVER, WAL)
+    m.ours(SERVER)
+
+    def choose(*_: object) -> Credentials:
+        m.put("server/db/etcd/tombstone")
+        return Credentials(token=TOKEN)
+
+    monkeypatch.setattr(credentials, "choose", choose)
+    result = m.apply(INIT)
+    assert result.outcome is Outcome.FAILED
+    assert "was removed from its cluster" in str(result.reason)
+    assert (m.paths.k3s_data / WAL).exists()
+    assert "cluster-init" not in m.said()
+    assert m.k3s.did == []

@@ -3,7 +3,8 @@
 
 from dataclasses import replace
 
-from k3sagentd.core import machine
+from k3sagentd.core import machine, roster
+from k3sagentd.core.cluster import KubeNode
 from k3sagentd.core.effects import Send
 from k3sagentd.core.events import MessageReceived
 from k3sagentd.core.k3s import ServerOrAgent
@@ -50,3 +51,25 @@ def test_who_asks_before_its_hello_says_so_may_still_become_a_server() -> None:
     _, effects = machine.step(node, event)
     (answer,) = [each.message for each in effects if isinstance(each, Send)]
     assert answer == NotYet(reason="this machine to be listed as a server", soon=True)
+
+
+def test_k3s_word_that_a_silent_machine_is_alive_is_good_for_replace_after() -> None:
+    """The default of half an hour: five minutes. A site in a hurry: no longer than it set."""
+    wire = Wire()
+    for command in A_SERVER_IS_DEAD.splitlines()[:-4]:
+        wire.obey(command)
+    node = wire.machines["a"].node
+    assert node is not None
+    assert node.steward.view is not None
+    kube = KubeNode(name="c", uid="3", node=NodeId("c"), hardware=None, server=True, ready=True)
+    view = replace(node.steward.view, nodes=(kube,))
+    peers = {each: replace(peer, up=False, lost_s=0.0) for each, peer in node.peers.items()}
+    for replace_after_s, good_s in ((1800.0, 300.0), (10.0, 10.0)):
+        site = replace(node.site, replace_after_s=replace_after_s)
+        steward = replace(node.steward, view=view, viewed_s=replace_after_s)
+        waiting = node.but(site=site, peers=peers, steward=steward)
+        until_s = replace_after_s + good_s
+        assert not roster.must_look(waiting, until_s - 0.1)
+        assert roster.is_heard_by_k3s(waiting, NodeId("c"), until_s - 0.1)
+        assert not roster.is_gone(waiting, NodeId("c"), until_s - 0.1)
+        assert roster.must_look(waiting, until_s)
