@@ -45,6 +45,7 @@ def test_a_dozen_join_at_once_and_none_of_them_before(lab: Bench) -> None:
     for name in first:
         assert "ready -> joining" not in events(views, name), "a crowd is no reason to be unready"
 
+
 def told(name: str) -> str:
     """The server that K3s on a machine was told to join."""
     path = files(name) / "etc/rancher/k3s/config.yaml.d/50-k3sagentd.yaml"

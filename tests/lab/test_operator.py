@@ -11,6 +11,7 @@ from k3sagentd.core.words import NodeId
 from k3sagentd.k3s.errand import read_result, write_errand
 from k3sagentd.lab import network, site
 from k3sagentd.paths import Paths
+from tests.lab.cluster import agents, cluster_id, files, said, servers
 from tests.lab.conftest import FAST, Bench, agreed, complete
 
 STAND_IN = ("--stand-in", "promote_s=2", "--stand-in", "node_grace_s=4")
@@ -135,37 +136,47 @@ def _repaired(lab: Bench, name: str) -> bool:
 
 
 def test_all_servers_have_new_addresses_after_a_power_cut(lab: Bench) -> None:
-    lab.run("up", "--nodes", "3", "--wait", "complete", *ALL)
-    before = agreed(lab.views())
-    ids = tuple(NodeId(view["node"]["id"]) for view in lab.views().values())
-    roster = Roster(revision=7, servers=ids)
-    assert holding(lab, "node2", roster=roster).outcome is Outcome.DONE
-    names = ("node1", "node2", "node3")
-    for name in names:
+    lab.run("up", "--nodes", "4", "--wait", "complete", *ALL)
+    views = lab.views()
+    before, names, (agent,) = agreed(views), servers(views), agents(views)
+    first, cluster = names[0], cluster_id(names[0])
+    roster = Roster(revision=7, servers=tuple(NodeId(views[n]["node"]["id"]) for n in names))
+    assert holding(lab, names[1], roster=roster).outcome is Outcome.DONE
+    for name in views:
         lab.run("kill", name)
+    was = [network.address_of(site.load().machines[name]) for name in names]
     addresses = [move(name, number) for number, name in enumerate(names, 1)]
-    lab.run("start", "node1")
+    lab.run("start", first)
     # One of three: the two others could be the cluster somewhere else.
-    lab.until(lambda v: v["node1"]["site"]["phase"] == "sealed")
-    said = lab.run(
-        *("exec", "node1", "--", "sh", "-c"),
-        f"{sys.executable} -m k3sagentd repair-addresses {YES} 2>&1",
-        check=False,
+    lab.until(lambda v: v[first]["site"]["phase"] == "sealed")
+    assert "they may be a quorum of the cluster somewhere else" in _said(
+        lab, first, "repair-addresses", YES
     )
-    assert "they may be a quorum of the cluster somewhere else" in said
-    for name in names[1:]:
+    for name in (*names[1:], agent):
         lab.run("start", name)
-    lab.until(lambda v: all(v[name]["site"]["seen"] == 3 for name in names))
-    assert "this server is the cluster now" in k3sagentd(lab, "node1", "repair-addresses", YES)
-    lab.until(lambda v: ready(v, "node1"))
+    lab.until(lambda v: all(v[name]["site"]["seen"] == 4 for name in views))
+    views = lab.until(lambda v: all("etcd knows" in said(v, name) for name in names))
+    for name, old, new in zip(names, was, addresses, strict=True):
+        assert (
+            f"etcd knows this server at {old}, its address is {new} now; give it back, or run "
+            "k3sagentd repair-addresses here"
+        ) in said(views, name)
+    assert "this server is the cluster now" in k3sagentd(lab, first, "repair-addresses", YES)
+    lab.until(lambda v: ready(v, first))
     for number, name in enumerate(names[1:], 2):
         lab.until(lambda _, name=name: _repaired(lab, name))
         lab.until(lambda v, up=names[:number]: ready(v, *up))
-    assert agreed(lab.views()) == before
-    assert members(lab, "node1") == sorted(f"http://{each}:2380" for each in addresses)
-    looked = errand(lab, "node3")
+    views = lab.until(lambda v: len(v) == 4 and complete(v))
+    assert agreed(views) == before
+    assert members(lab, first) == sorted(f"http://{each}:2380" for each in addresses)
+    assert {cluster_id(name) for name in names} == {cluster}
+    looked = errand(lab, names[2])
     assert looked.view is not None
     assert looked.view.roster == roster, "what was committed before is there"
+    # The agent has followed by itself.
+    told = (files(agent) / "etc/rancher/k3s/config.yaml.d/50-k3sagentd.yaml").read_text()
+    assert any(f"server: https://{each}:6443" in told for each in addresses)
+    assert all(node.ready for node in looked.view.nodes)
 
 
 def test_a_machine_that_is_reset_begins_anew(lab: Bench) -> None:
@@ -203,9 +214,9 @@ def test_a_server_leaves_and_the_cluster_goes_on(lab: Bench) -> None:
     assert (site.load().machine("node3") / "etc/k3sagentd/left").exists()
     assert "http://10.77.0.13:2380" not in members(lab, "node1"), lab.logs()
     views = lab.until(lambda v: "node3" not in v and ready(v, "node1", "node2"))
-    servers = [name for name, view in views.items() if view["node"]["role"] == "server"]
-    assert len(members(lab, servers[0])) == len(servers), lab.logs()
-    looked = errand(lab, servers[0])
+    left = servers(views)
+    assert len(members(lab, left[0])) == len(left), lab.logs()
+    looked = errand(lab, left[0])
     assert looked.view is not None
     assert not [node for node in looked.view.nodes if node.name.startswith("node3")]
     # It stays away over a power cut, and says why.
