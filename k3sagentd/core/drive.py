@@ -223,7 +223,8 @@ def may_initialise(node: Node) -> bool:
 def _join(turn: Turn) -> None:
     node = turn.node
     if is_member(node):
-        if node.is_init and not ready_urls(node):
+        founds = node.is_init and k3s_role(node) is ServerOrAgent.SERVER
+        if founds and not ready_urls(node):
             _ensure(turn, Action.INIT)
         else:
             _ensure(turn, Action.JOIN)
