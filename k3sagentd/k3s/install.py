@@ -7,6 +7,7 @@ contract is its documented environment (K3S.md 6). It never sees a token.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -223,6 +224,9 @@ class Script:
         for role in ServerOrAgent:
             if self._has_unit(role):
                 _systemctl("disable", "--now", _unit(role))
+                # How it ended does not degrade the system; who is not loaded has not failed.
+                with contextlib.suppress(MachineError):
+                    _systemctl("reset-failed", _unit(role))
         killall = self._paths.root / "usr/local/bin/k3s-killall.sh"
         if killall.exists():
             run([str(killall)], timeout_s=SYSTEMCTL_TIMEOUT_S, what="k3s-killall.sh")

@@ -211,7 +211,11 @@ def test_only_two_steps_can_be_asked_for(server: Server, daemon: Daemon) -> None
 def test_leave_drains_stops_and_removes_in_this_order(server: Server, daemon: Daemon) -> None:
     assert operate.leave(server.paths, yes=True) == 0
     assert daemon.asked == [("drain", True), ("remove", False)]
-    assert server.said == ["disable --now k3s.service", "stop k3sagentd.service"]
+    assert server.said == [
+        "disable --now k3s.service",
+        "reset-failed k3s.service",
+        "stop k3sagentd.service",
+    ]
     assert "has left its site" in server.paths.left.read_text()
     assert not server.paths.underway.exists()
     assert (server.paths.k3s_data / "server/db/etcd/name").exists()
@@ -374,6 +378,7 @@ def test_a_server_joins_again_while_the_others_go_on(server: Server, api: FakeAp
     assert set(api.nodes) == {"n2", "n3"}
     assert server.said == [
         "disable --now k3s.service",
+        "reset-failed k3s.service",
         "daemon-reload",
         "enable k3s.service",
         "start --no-block k3s.service",
@@ -447,6 +452,7 @@ def test_a_server_makes_its_copy_the_cluster_where_none_answers(
     assert set(api.urls) == {"local"}
     assert server.said == [
         "disable --now k3s.service",
+        "reset-failed k3s.service",
         "k3s server --cluster-reset",
         "daemon-reload",
         "enable k3s.service",
