@@ -54,6 +54,7 @@ class Machine:
     number: int
     layers: str
     credentials: dict[str, str] = field(default_factory=dict)
+    moved: int = 0
     process: subprocess.Popen[bytes] | None = None
 
     def __post_init__(self) -> None:
@@ -74,7 +75,15 @@ class Machine:
     @property
     def address(self) -> str:
         """Its address on the wire."""
-        return network.address_of(self.number)
+        return network.address_of(self.number + self.moved)
+
+    def move(self) -> None:
+        """Give it another address while it is off, as a DHCP server does that forgot."""
+        self.moved += 100
+        namespace = network.namespace(self.name)
+        network.run("ip", "-n", namespace, "-4", "address", "flush", "dev", "eth0")
+        network.run("ip", "-n", namespace, "address", "add", f"{self.address}/24", "dev", "eth0")
+        network.run("ip", "-n", namespace, "route", "add", "default", "via", network.GATEWAY)
 
     def put(self, path: str, data: str | bytes, mode: int = 0o644) -> None:
         """Write a file onto its disk while it is off."""
