@@ -69,7 +69,7 @@ def _make(machine: Path, hostname: str) -> None:
 
 
 def _live(paths: Paths, ran: Path) -> None:
-    daemon = _start_daemon() if paths.token.exists() else None
+    daemon = _start_daemon() if _has_token(paths) else None
     ran.write_text(f"{time.time()}")
     apply: subprocess.Popen[bytes] | None = None
     restart_at_s: float | None = None
@@ -83,7 +83,7 @@ def _live(paths: Paths, ran: Path) -> None:
         if apply is None and any(each.exists() for each in asked):
             apply = subprocess.Popen([*PROGRAM, "apply"])
         if daemon is None:
-            daemon = _start_daemon() if paths.token.exists() else None
+            daemon = _start_daemon() if _has_token(paths) else None
         elif restart_at_s is not None and time.monotonic() >= restart_at_s:
             daemon, restart_at_s = _start_daemon(), None
         elif restart_at_s is None and daemon.poll():
@@ -91,6 +91,11 @@ def _live(paths: Paths, ran: Path) -> None:
         keepalived.look()
         known = {daemon.pid if daemon else 0, apply.pid if apply else 0, keepalived.pid}
         _reap(known)
+
+
+def _has_token(paths: Paths) -> bool:
+    """Its unit's condition: there is a token, or the note of one that was forgotten."""
+    return any(paths.token.parent.glob("token*"))
 
 
 def _start_daemon() -> subprocess.Popen[bytes]:

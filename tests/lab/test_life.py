@@ -104,11 +104,9 @@ def test_a_dead_server_is_replaced(lab: Bench, who: str) -> None:
 
 def test_a_machine_with_a_new_image_gets_back_in(lab: Bench) -> None:
     before = lab.views()
-    init = init_machine(before)
-    agent = agents(before)[0]
-    server = next(name for name in servers(before) if name != init)
-    for name in (agent, server):
-        was = uid(init, name)
+    server, witness, *_ = servers(before)
+    for name in (agents(before)[0], server):
+        was = uid(witness, name)
         lab.run("kill", name)
         wipe(name)
         lab.run("start", name)
@@ -116,10 +114,10 @@ def test_a_machine_with_a_new_image_gets_back_in(lab: Bench) -> None:
         lab.until(lambda v, n=name: _is_ready(v, n, never="to be surely gone"))
         views = whole(lab)
         assert views[name]["node"]["id"] != before[name]["node"]["id"]
-        assert uid(init, name) != was
+        assert uid(witness, name) != was
     agreed(views)
-    assert voters(init) == sorted(address(each) for each in servers(views))
-    assert set(nodes(init)) == set(views)
+    assert voters(witness) == sorted(address(each) for each in servers(views))
+    assert set(nodes(witness)) == set(views)
 
 
 def _is_ready(views: dict[str, dict], name: str, *, never: str) -> bool:
@@ -129,9 +127,7 @@ def _is_ready(views: dict[str, dict], name: str, *, never: str) -> bool:
 
 def test_roles_are_changed_by_hand(lab: Bench) -> None:
     before = lab.views()
-    init, agent = init_machine(before), agents(before)[0]
-    server = next(name for name in servers(before) if name != init)
-    witness = next(name for name in servers(before) if name not in (init, server))
+    agent, (server, witness, *_) = agents(before)[0], servers(before)
     with QuorumWatch(witness, fewest=3):
         # Another becomes a server first, then it steps down.
         configure(server, role="agent")
@@ -152,7 +148,7 @@ def test_roles_are_changed_by_hand(lab: Bench) -> None:
 
 def test_only_a_fresh_machine_can_take_the_place(lab: Bench) -> None:
     before = lab.views()
-    dead, *survivors = sorted(servers(before), key=lambda n: n == init_machine(before))
+    dead, *survivors = servers(before)
     off = [dead, *agents(before)]
     for name in off:
         lab.run("kill", name)
@@ -192,19 +188,18 @@ def test_an_agent_leaves(lab: Bench) -> None:
 
 def test_a_server_leaves(lab: Bench) -> None:
     before = lab.views()
-    init = init_machine(before)
-    server = next(name for name in servers(before) if name != init)
-    with QuorumWatch(init):
+    server, witness, *_ = servers(before)
+    with QuorumWatch(witness):
         k3sagentd(lab, server, "leave", YES)
         lab.until(lambda v: server not in v)
-        assert server not in nodes(init)
-        assert address(server) not in voters(init)
+        assert server not in nodes(witness)
+        assert address(server) not in voters(witness)
         # The others are three again, and who left may come back as a new machine.
         lab.until(lambda v: len(servers(v)) == 3)
         reset(lab, server)
         views = whole(lab)
     assert server in agents(views)
-    assert voters(init) == sorted(address(each) for each in servers(views))
+    assert voters(witness) == sorted(address(each) for each in servers(views))
 
 
 def reset(lab: Bench, name: str) -> None:
