@@ -14,6 +14,7 @@ from ipaddress import IPv4Interface
 from pathlib import Path
 from typing import Any
 
+from k3sagentd.core.k3s import RELEASE
 from k3sagentd.core.words import Role
 from k3sagentd.discovery.seeds import split
 from k3sagentd.errors import ConfigError
@@ -24,7 +25,6 @@ NODES_LIMIT = 99
 """Voters; a site may have any number of machines once it is sealed."""
 DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)")
 UNITS_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
-VERSION = re.compile(r"v\d{1,4}\.\d{1,4}\.\d{1,4}(-[0-9A-Za-z.]{1,32})?\+k3s\d{1,4}", re.ASCII)
 _LABEL = r"[0-9A-Za-z](?:[0-9A-Za-z-]{0,61}[0-9A-Za-z])?"
 HOST = re.compile(rf"{_LABEL}(?:\.{_LABEL})*")
 """Labels of RFC 1123, section 2.1; an IPv4 address has that form as well."""
@@ -262,7 +262,7 @@ def _sha256(value: Any) -> str:
 
 
 def _version(value: Any) -> str:
-    if not isinstance(value, str) or not VERSION.fullmatch(value):
+    if not isinstance(value, str) or not RELEASE.fullmatch(value):
         raise ValueError("a K3s version such as v1.33.4+k3s1")
     return value
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from k3sagentd.core.k3s import Outcome
+from k3sagentd.core.k3s import Outcome, release_key
 from k3sagentd.core.words import NodeId, short
 
 LEASE = "k3sagentd"
@@ -49,6 +49,8 @@ class KubeNode:
     """It has the etcd role: deleting it removes its member (K3S.md 7)."""
     ready: bool
     """Its condition Ready is True; NotReady and Unknown are not."""
+    release: str | None = None
+    """K3s's release, as its kubelet tells it; None for what is no release (``k3s.RELEASE``)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +64,13 @@ class ClusterView:
     """Who holds the Lease; None where nobody does."""
     roster: Roster | None = None
     """None: never written, so revision 0 stands."""
+
+    @property
+    def release(self) -> str | None:
+        """The oldest K3s release of the servers, None while none is told: what joins must not be
+        newer than a server (kubernetes.io/releases/version-skew-policy)."""
+        told = [each.release for each in self.nodes if each.server and each.release]
+        return min(told, key=release_key, default=None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

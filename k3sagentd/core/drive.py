@@ -133,7 +133,6 @@ def own_seal(node: Node) -> Seal | None:
     return Seal(
         ca_hash=node.k3s.ca_hash,
         addresses=(*fixed_urls(node), url),
-        k3s_version=node.k3s.version,
         shared_flags=node.facts.shared_flags if node.facts else {},
     )
 
@@ -343,10 +342,11 @@ def _order(node: Node, action: Action) -> Order:
     epoch, generation = log.epoch(node.log), node.generation.number
     if action in (Action.STAND_DOWN, Action.INIT):
         epoch, generation = started_epoch(node) or 0, _started_generation(node)
+    registered = node.drive.registration if action is Action.JOIN else None
     servers: tuple[str, ...] = ()
     flags: Mapping[str, str] = {}
     if action is Action.JOIN and node.seal is not None:
-        known = node.drive.registration.servers if node.drive.registration else ()
+        known = registered.servers if registered else ()
         urls = (*fixed_urls(node), *(ready_urls(node) or known or node.seal.addresses))
         servers = tuple(u for u in dict.fromkeys(urls) if u != own_url(node))[:SERVERS_LIMIT]
         flags = node.seal.shared_flags
@@ -357,7 +357,7 @@ def _order(node: Node, action: Action) -> Order:
         node_name=node.durable.node_name or node.site.hostname,
         servers=servers or (node.seal.addresses if action is Action.JOIN and node.seal else ()),
         ca_hash=node.seal.ca_hash if node.seal else None,
-        k3s_version=node.seal.k3s_version if node.seal else None,
+        k3s_version=registered.k3s_version if registered else None,
         shared_flags=flags,
         instance=node.site.instance,
         node=node.id,

@@ -6,6 +6,7 @@ Plain data. Who reads the disk, writes the files and runs the commands is in ``k
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -62,6 +63,22 @@ class ServerOrAgent(StrEnum):
     AGENT = "agent"
 
 
+RELEASE = re.compile(
+    r"v(\d{1,4})\.(\d{1,4})\.(\d{1,4})(-[0-9A-Za-z.]{1,32})?\+k3s(\d{1,4})", re.ASCII
+)
+"""A K3s release: Kubernetes' version, and how often it was built for it."""
+
+
+def release_key(release: str) -> tuple[tuple[int, ...], bool, str, int]:
+    """What orders releases, the older first; a pre-release is older than its version
+    (semver.org, 11). Raises ValueError for what is no release."""
+    found = RELEASE.fullmatch(release)
+    if found is None:
+        raise ValueError(f"{release!r:.80} is no K3s release")
+    *version, pre, build = found.groups()
+    return tuple(map(int, version)), pre is None, pre or "", int(build)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Order:
     """What this node's K3s should be. Written by the unprivileged daemon, obeyed by root after
@@ -76,7 +93,8 @@ class Order:
     ca_hash: str | None = None
     """64 hex; for JOIN. What ``/cacerts`` of each server must have."""
     k3s_version: str | None = None
-    """Version to install so that all nodes run the same; None: what the configuration says."""
+    """Release to install so that no node is newer than its servers; None: what the configuration
+    says."""
     shared_flags: Mapping[str, str] = field(default_factory=dict)
     """Flags handed out with the registration; for JOIN of a server."""
     attempt: int = 0
@@ -126,6 +144,5 @@ class K3sState:
     ready: bool = False
     ca_hash: str | None = None
     """SHA-256 of ``/cacerts`` (only a server that is ready has one)."""
-    version: str | None = None
     detail: str = "K3s is not running"
     """One phrase: what the probe found."""

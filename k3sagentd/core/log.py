@@ -55,7 +55,6 @@ class Seal:
 
     ca_hash: str
     addresses: tuple[str, ...]
-    k3s_version: str | None = None
     shared_flags: Mapping[str, str] = field(default_factory=dict)
 
     def describe(self) -> str:

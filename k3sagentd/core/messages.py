@@ -206,6 +206,7 @@ class Registration:
     """Registration addresses, in this joiner's own order."""
     ca_hash: str
     k3s_version: str | None = None
+    """``ClusterView.release``; None where who answers has not looked."""
     shared_flags: Mapping[str, str] = field(default_factory=dict)
     role: ServerOrAgent = ServerOrAgent.AGENT
 

@@ -39,7 +39,7 @@ def ready_urls(node: Node) -> tuple[str, ...]:
 
 def registration(node: Node, joiner: NodeId, role: ServerOrAgent) -> Registration | None:
     """What a node of a sealed site hands to one that joins; None before the seal."""
-    seal = node.seal
+    seal, view = node.seal, node.steward.view
     if seal is None:
         return None
     ready = {h.node: h.server_url for h in node.kin if h.server_url and h.node != joiner}
@@ -50,7 +50,7 @@ def registration(node: Node, joiner: NodeId, role: ServerOrAgent) -> Registratio
     return Registration(
         servers=tuple(dict.fromkeys((*fixed_urls(node), *urls)))[:SERVERS_LIMIT],
         ca_hash=seal.ca_hash,
-        k3s_version=seal.k3s_version,
+        k3s_version=view.release if view is not None else None,
         shared_flags=seal.shared_flags,
         role=role,
     )

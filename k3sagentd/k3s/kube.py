@@ -26,6 +26,7 @@ from k3sagentd.core.cluster import (
     KubeNode,
     Roster,
 )
+from k3sagentd.core.k3s import RELEASE
 from k3sagentd.core.words import NODE_ID_LENGTH, NodeId
 from k3sagentd.errors import DataError, MachineError
 from k3sagentd.paths import Paths
@@ -278,6 +279,7 @@ def _node(plain: Any) -> FoundNode:
         for each in conditions
     )
     node = _label(labels, NODE_LABEL, NODE_ID)
+    release = _object(_object(plain, "status"), "nodeInfo").get("kubeletVersion")
     return FoundNode(
         node=KubeNode(
             name=_text(metadata, "name"),
@@ -286,6 +288,7 @@ def _node(plain: Any) -> FoundNode:
             hardware=_label(labels, HARDWARE_LABEL, MARK),
             server=ETCD_LABEL in labels,
             ready=ready,
+            release=release if isinstance(release, str) and RELEASE.fullmatch(release) else None,
         ),
         version=_text(metadata, "resourceVersion"),
     )

@@ -12,8 +12,8 @@ import re
 from typing import Any
 
 from k3sagentd import schema
-from k3sagentd.config import HOST, HOST_LIMIT, VERSION
-from k3sagentd.core.k3s import Action, Order, Result
+from k3sagentd.config import HOST, HOST_LIMIT
+from k3sagentd.core.k3s import RELEASE, Action, Order, Result
 from k3sagentd.core.registration import SERVERS_LIMIT
 from k3sagentd.errors import DataError
 from k3sagentd.files import read_bounded, write_atomically
@@ -74,7 +74,7 @@ def check(order: Order) -> None:
         raise DataError(f"ca_hash is {order.ca_hash!r:.80}, not 64 hex characters")
     if order.action is Action.JOIN and (not order.servers or order.ca_hash is None):
         raise DataError("an order to join needs servers and ca_hash")
-    if order.k3s_version is not None and not VERSION.fullmatch(order.k3s_version):
+    if order.k3s_version is not None and not RELEASE.fullmatch(order.k3s_version):
         raise DataError(f"k3s_version is {order.k3s_version!r:.80}")
     if not INSTANCE.fullmatch(order.instance):
         raise DataError(f"instance is {order.instance!r:.80}")

@@ -10,6 +10,8 @@ from k3sagentd.core.cluster import ClusterView, Errand, ErrandResult, KubeNode, 
 from k3sagentd.core.k3s import Outcome
 from k3sagentd.core.words import NodeId
 
+RELEASE = "v1.33.4+k3s1"
+
 
 @dataclass
 class Kube:
@@ -27,7 +29,13 @@ class Kube:
         known = self.nodes.get(name)
         uid = known.uid if known else f"u{len(self.nodes)}"
         self.nodes[name] = KubeNode(
-            name=name, uid=uid, node=node, hardware=hardware, server=server, ready=True
+            name=name,
+            uid=uid,
+            node=node,
+            hardware=hardware,
+            server=server,
+            ready=True,
+            release=RELEASE,
         )
 
     def view(self) -> ClusterView:

@@ -113,7 +113,13 @@ class FakeApi:
     # --- what is there ----------------------------------------------------------------------
 
     def add_node(
-        self, name: str, *, server: bool = False, ready: bool = True, **labels: str
+        self,
+        name: str,
+        *,
+        server: bool = False,
+        ready: bool = True,
+        release: str = "v1.33.4+k3s1",
+        **labels: str,
     ) -> str:
         """Add a Node; returns its uid."""
         given = {key.replace("_", "/", 1).replace("_", "-"): v for key, v in labels.items()}
@@ -121,12 +127,13 @@ class FakeApi:
             given["node-role.kubernetes.io/etcd"] = "true"
         uid = str(uuid.uuid4())
         metadata = {"name": name, "uid": uid, "labels": given, "resourceVersion": self.version()}
-        status = {
+        status: dict[str, Any] = {
             "conditions": [
                 {"type": "MemoryPressure", "status": "False"},
                 {"type": "Ready", "status": "True" if ready else "Unknown"},
             ]
         }
+        status["nodeInfo"] = {"kubeletVersion": release}
         self.nodes[name] = {"metadata": metadata, "status": status}
         return uid
 

@@ -26,7 +26,7 @@ from k3sagentd.discovery.api_name import ApiName, packed
 
 A, B, C, D = (NodeId(letter * 32) for letter in "abcd")
 FIXED = ("k3s.lan", "10.0.0.100")
-SEAL = Seal(ca_hash="c" * 64, addresses=("https://10.0.0.1:6443",), k3s_version=None)
+SEAL = Seal(ca_hash="c" * 64, addresses=("https://10.0.0.1:6443",))
 READY = K3sState(running=True, ready=True, ca_hash="c" * 64, detail="ready")
 
 

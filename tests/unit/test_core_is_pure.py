@@ -11,7 +11,7 @@ import k3sagentd.core
 FILES = sorted(Path(k3sagentd.core.__file__).parent.glob("*.py"))
 ALLOWED = {
     *("__future__", "collections", "dataclasses", "enum", "functools", "hashlib", "hmac", "math"),
-    *("operator", "typing"),
+    *("operator", "re", "typing"),
 }
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from k3sagentd.core.cluster import ClusterView, Errand, ErrandResult, KubeNode, Roster
-from k3sagentd.core.k3s import Outcome
+from k3sagentd.core.k3s import Outcome, release_key
 from k3sagentd.core.words import NodeId
 from k3sagentd.daemon.errands import Errands
 from k3sagentd.errors import DataError, MachineError
@@ -83,6 +83,20 @@ def test_a_look_shows_nodes_and_no_lease(paths: Paths, api: FakeApi) -> None:
     assert (view.lease_version, view.holder, view.roster) == (None, None, None)
     assert not api.leases
     assert not any(not each.startswith("GET ") for each in api.requests)
+
+
+def test_the_release_is_that_of_the_oldest_server(paths: Paths, api: FakeApi) -> None:
+    """Who joins must not be newer than a server; numbers are not compared as texts."""
+    api.add_node("n1", server=True, release="v1.33.10+k3s1")
+    api.add_node("n2", server=True, release="v1.33.9+k3s2", ready=False)
+    api.add_node("n3", server=True, release="v1.33.9+k3s10")
+    api.add_node("n4", server=True, release="v1.28.0; reboot")
+    api.add_node("n5", release="v1.30.1+k3s1")
+    view = view_of(paths)
+    assert [n.release for n in view.nodes][3:] == [None, "v1.30.1+k3s1"]
+    assert view.release == "v1.33.9+k3s2"
+    assert replace(view, nodes=view.nodes[3:]).release is None
+    assert release_key("v1.33.9-rc1+k3s1") < release_key("v1.33.9+k3s1")
 
 
 def test_many_nodes_come_in_pages(paths: Paths, api: FakeApi) -> None:

@@ -10,6 +10,7 @@ from k3sagentd.core.events import MessageReceived
 from k3sagentd.core.k3s import ServerOrAgent
 from k3sagentd.core.messages import NotYet, RegistrationRequest
 from k3sagentd.core.words import NodeId, NodePhase
+from tests.sim.kube import RELEASE
 from tests.sim.scenario import Wire
 
 A_SERVER_IS_DEAD = """\
@@ -51,6 +52,18 @@ def test_who_asks_before_its_hello_says_so_may_still_become_a_server() -> None:
     _, effects = machine.step(node, event)
     (answer,) = [each.message for each in effects if isinstance(each, Send)]
     assert answer == NotYet(reason="this machine to be listed as a server", soon=True)
+
+
+def test_who_joins_installs_the_release_of_the_servers() -> None:
+    wire = Wire()
+    for command in A_SERVER_IS_DEAD.splitlines()[:-4]:
+        wire.obey(command)
+    for command in ("on e", "meet a b e", "deliver", "go 4s"):
+        wire.obey(command)
+    node = wire.machines["e"].node
+    assert node is not None
+    assert node.drive.order is not None
+    assert node.drive.order.k3s_version == RELEASE
 
 
 def test_k3s_word_that_a_silent_machine_is_alive_is_good_for_replace_after() -> None:
