@@ -50,11 +50,14 @@ def dumps(value: Any, *, indent: int | None = None) -> str:
     return json.dumps(to_plain(value), sort_keys=True, indent=indent, separators=separators)
 
 
-def from_plain(kind: Any, plain: Any, where: str = "") -> Any:
-    """Build a ``kind`` (a type or a typing construct) from parsed JSON; raises DataError."""
+def from_plain(kind: Any, plain: Any, where: str = "", *, newer: bool = False) -> Any:
+    """Build a ``kind`` (a type or a typing construct) from parsed JSON; raises DataError.
+
+    ``newer``: it may be of a later version of us, whose further keys are passed over.
+    """
     origin = typing.get_origin(kind)
     if origin in (typing.Union, types.UnionType):
-        return _union(kind, plain, where)
+        return _union(kind, plain, where, newer)
     if origin is typing.Literal:
         if plain in typing.get_args(kind):
             return plain
@@ -63,16 +66,20 @@ def from_plain(kind: Any, plain: Any, where: str = "") -> Any:
     if origin is tuple:
         item = typing.get_args(kind)[0]
         _expect(isinstance(plain, list), where, plain, "a list")
-        return tuple(from_plain(item, each, f"{where}[{i}]") for i, each in enumerate(plain))
+        return tuple(
+            from_plain(item, each, f"{where}[{i}]", newer=newer) for i, each in enumerate(plain)
+        )
     if origin in (Mapping, dict):
         key_kind, item_kind = typing.get_args(kind)
         _expect(isinstance(plain, dict), where, plain, "an object")
         return {
-            from_plain(key_kind, key, where): from_plain(item_kind, each, f"{where}[{_short(key)}]")
+            from_plain(key_kind, key, where): from_plain(
+                item_kind, each, f"{where}[{_short(key)}]", newer=newer
+            )
             for key, each in plain.items()
         }
     if dataclasses.is_dataclass(kind):
-        return _dataclass(kind, plain, where)
+        return _dataclass(kind, plain, where, newer)
     return _scalar(kind, plain, where)
 
 
@@ -121,7 +128,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _union(kind: Any, plain: Any, where: str) -> Any:
+def _union(kind: Any, plain: Any, where: str, newer: bool) -> Any:
     members: tuple[Any, ...] = typing.get_args(kind)
     if plain is None and type(None) in members:
         return None
@@ -129,11 +136,11 @@ def _union(kind: Any, plain: Any, where: str) -> Any:
         str(m.__name__): m for m in members if isinstance(m, type) and dataclasses.is_dataclass(m)
     }
     if isinstance(plain, dict) and plain.get("type") in classes:
-        return _dataclass(classes[plain["type"]], plain, where)
+        return _dataclass(classes[plain["type"]], plain, where, newer)
     others = [m for m in members if m is not type(None) and m not in classes.values()]
     for member in others:
         try:
-            return from_plain(member, plain, where)
+            return from_plain(member, plain, where, newer=newer)
         except DataError:
             if len(others) == 1 and not classes:
                 raise
@@ -141,7 +148,7 @@ def _union(kind: Any, plain: Any, where: str) -> Any:
     raise DataError(f"{where or 'value'} is {_short(plain)}, not one of {names}")
 
 
-def _dataclass(kind: Any, plain: Any, where: str) -> Any:
+def _dataclass(kind: Any, plain: Any, where: str, newer: bool) -> Any:
     _expect(isinstance(plain, dict), where, plain, f"an object ({kind.__name__})")
     hints = _hints(kind)
     fields = {f.name: f for f in dataclasses.fields(kind)}
@@ -149,12 +156,12 @@ def _dataclass(kind: Any, plain: Any, where: str) -> Any:
     if plain.get("type", kind.__name__) != kind.__name__:
         raise DataError(f"{prefix}type is {_short(plain['type'])}, not {kind.__name__!r}")
     unknown = plain.keys() - fields.keys() - {"type"}
-    if unknown:
+    if unknown and not newer:
         raise DataError(f"unknown key {_short(sorted(unknown)[0])} in {where or kind.__name__}")
     values = {}
     for name, field in fields.items():
         if name in plain:
-            values[name] = from_plain(hints[name], plain[name], f"{prefix}{name}")
+            values[name] = from_plain(hints[name], plain[name], f"{prefix}{name}", newer=newer)
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise DataError(f"missing key {prefix}{name} in {kind.__name__}")
     try:

@@ -2,7 +2,9 @@
 """The JSON bodies of the peer API: what is sent on ``/v1/watch`` and ``/v1/exchange``.
 
 Owns the protocol version and the limits of one body. A body that no correct peer of this
-version sends raises PeerError.
+version sends raises PeerError. Within a version a later k3sagentd may send keys that an earlier
+one passes over, for a site is upgraded machine by machine; what must not be passed over takes a
+new version.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from k3sagentd.core.messages import Hello, Message
 from k3sagentd.errors import DataError, PeerError
 
 PROTOCOL_VERSION = 1
+"""Machines whose versions differ do not talk."""
 MESSAGES_LIMIT = 64
 """Messages in one exchange."""
 WAIT_LIMIT_S = 300.0
@@ -64,8 +67,14 @@ def encode(body: WatchRequest | WatchAnswer | Exchange) -> dict[str, Any]:
 
 def decode(kind: type[T], body: dict[str, Any]) -> T:
     """The body of a JSON object; raises PeerError."""
+    version = body.get("version")
+    if type(version) is int and version != PROTOCOL_VERSION:
+        raise PeerError(
+            f"it speaks version {version} of the peer protocol, this machine {PROTOCOL_VERSION}: "
+            "install the same k3sagentd on both"
+        )
     try:
-        value: T = schema.from_plain(kind, body)
+        value: T = schema.from_plain(kind, body, newer=True)
     except DataError as error:
         raise PeerError(str(error)) from error
     if isinstance(value, Exchange) and len(value.messages) > MESSAGES_LIMIT:

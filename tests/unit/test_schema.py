@@ -55,3 +55,10 @@ def test_any_depth_is_refused() -> None:
     for depth in (*range(100, 1200, 7), 100_000):
         with pytest.raises(DataError):
             schema.loads(Thing, '{"count": ' + "[" * depth + "]" * depth + "}")
+
+
+def test_keys_of_a_later_version_are_passed_over_only_where_one_may_speak() -> None:
+    plain = {"type": "Thing", "count": 7, "colour": "red"}
+    assert schema.from_plain(Thing, plain, newer=True) == Thing(count=7)
+    with pytest.raises(DataError, match="unknown key 'colour'"):
+        schema.from_plain(Thing, plain)
