@@ -181,7 +181,7 @@ def _on_hello(turn: Turn, hello: Hello) -> None:
     if news:
         turn.report(
             f"sees {turn.node.name_of(hello.node)} ({short(hello.node)}) at {hello.address}: "
-            f"{turn.node.seen} of {turn.node.nodes} machines here"
+            f"{_here(turn.node)}"
         )
 
 
@@ -196,10 +196,13 @@ def _on_lost(turn: Turn, peer_id: NodeId) -> None:
         return
     peer = replace(peer, up=False, heard_s=_heard_s(peer, turn.now_s), lost_s=turn.now_s)
     turn.set(peers={**turn.node.peers, peer_id: peer})
-    turn.report(
-        f"lost {turn.node.name_of(peer_id)} ({short(peer_id)}): "
-        f"{turn.node.seen} of {turn.node.nodes} machines here"
-    )
+    turn.report(f"lost {turn.node.name_of(peer_id)} ({short(peer_id)}): {_here(turn.node)}")
+
+
+def _here(node: Node) -> str:
+    """How many machines are here; ``nodes`` is how many elect, and means nothing after that."""
+    whole = f" of {node.nodes}" if node.seal is None else ""
+    return f"{node.seen}{whole} machines here"
 
 
 def _catch_up(turn: Turn) -> None:

@@ -120,7 +120,9 @@ def _work(node: Node, view: ClusterView, now_s: float) -> dict[str, Any] | None:
     if servers is not None:
         written = view.roster.revision if view.roster is not None else 0
         revision = max(written, node.roster.revision) + 1
-        return {"roster": Roster(revision=revision, servers=servers)}
+        found = Roster(revision=revision, servers=servers)
+        # Who strikes itself out is no server any more, and could not give it back later.
+        return {"roster": found, "release": node.id not in servers}
     for left in view.nodes:
         if _is_left_over(node, left):
             return {"remove": left.name, "uid": left.uid}
@@ -159,18 +161,19 @@ def on_ended(turn: Turn, result: ErrandResult) -> None:
     if steward.errand is None or result.errand != steward.errand:
         return
     errand = steward.errand
-    lost_race = errand.hold and view is not None and view.holder != turn.node.id
+    done = result.outcome is Outcome.DONE
+    lost_race = not done and errand.hold and view is not None and view.holder != turn.node.id
     changes: dict[str, Any] = {"errand": None, "reason": None if lost_race else result.reason}
     if view is not None:
         changes |= {"view": view, "viewed_s": turn.now_s}
         before = steward.view.lease_version if steward.view is not None else None
         if view.lease_version != before:
             changes["lease_since_s"] = turn.now_s
-    if result.outcome is Outcome.DONE or lost_race:
+    if done or lost_race:
         changes |= {"failures": 0, "not_before_s": turn.now_s}
-        if result.outcome is Outcome.DONE:
+        if done:
             changes["wishes"] = _granted(steward.wishes, errand)
-        if not lost_race and (errand.roster or errand.drain or errand.remove):
+        if done and (errand.roster or errand.drain or errand.remove):
             turn.report(f"{errand.describe()}: done")
     else:
         failures = steward.failures + 1
