@@ -123,7 +123,7 @@ class Drive:
         if role is None:
             return
         orders = self._orders
-        state = await probe(role, self._passwords)
+        state = await probe(role, self._passwords, node.seal.ca_hash if node.seal else None)
         order = self._engine.node.drive.order
         on_its_way_out = order and order.action in (Action.STAND_DOWN, Action.STEP_DOWN)
         stale = orders != self._orders or on_its_way_out

@@ -26,9 +26,9 @@ from k3sagentd import keys
 from k3sagentd.core.k3s import Action, Datastore, Order, ServerOrAgent
 from k3sagentd.errors import HopelessError, MachineError
 from k3sagentd.files import read_bounded
-from k3sagentd.k3s import probe
 from k3sagentd.k3s.ca import hash_of_cacerts
 from k3sagentd.k3s.data import datastore
+from k3sagentd.k3s.trust import insecure, trusting
 from k3sagentd.paths import Paths
 from k3sagentd.site_token import Tokens
 
@@ -268,18 +268,16 @@ def _status(request: urllib.request.Request, context: ssl.SSLContext) -> int:
 def _trusting(url: str, ca_hash: str) -> ssl.SSLContext:
     """Trusts the CA of the cluster alone, which is fetched and known by its hash."""
     try:
-        with _opener(probe.insecure()).open(f"{url}/cacerts", timeout=TIMEOUT_S) as response:
+        with _opener(insecure()).open(f"{url}/cacerts", timeout=TIMEOUT_S) as response:
             body = response.read(CACERTS_LIMIT_BYTES)
     except (urllib.error.URLError, OSError) as error:
         raise MachineError(f"{url} cannot be reached: {getattr(error, 'reason', error)}") from error
     if (found := hash_of_cacerts(body)) != ca_hash:
         raise MachineError(f"{url} has CA {found}, but the site's is {ca_hash}")
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     try:
-        context.load_verify_locations(cadata=body.decode("ascii"))
+        return trusting(body)
     except (ssl.SSLError, ValueError) as error:
         raise MachineError(f"{url}/cacerts cannot be trusted: {error}") from error
-    return context
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):

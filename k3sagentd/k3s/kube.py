@@ -10,7 +10,6 @@ from __future__ import annotations
 import http.client
 import json
 import re
-import ssl
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -29,6 +28,7 @@ from k3sagentd.core.cluster import (
 from k3sagentd.core.k3s import RELEASE
 from k3sagentd.core.words import NODE_ID_LENGTH, NodeId
 from k3sagentd.errors import DataError, MachineError
+from k3sagentd.k3s.trust import trusting
 from k3sagentd.paths import Paths
 
 LOCAL = "https://127.0.0.1:6443"
@@ -124,11 +124,12 @@ class Kube:
         self._url = url
         tls = paths.k3s_data / "server/tls"
         try:
-            self._context = ssl.create_default_context(cafile=str(tls / "server-ca.crt"))
+            self._context = trusting((tls / "server-ca.crt").read_bytes())
             self._context.load_cert_chain(tls / "client-admin.crt", tls / "client-admin.key")
-        except OSError as error:  # ssl.SSLError is one
+        except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+            why = getattr(error, "strerror", None) or error
             raise MachineError(
-                f"{tls} has no certificates for the Kubernetes API ({error.strerror or error}); "
+                f"{tls} has no certificates for the Kubernetes API ({why}); "
                 "only a server that was ready once has them"
             ) from error
 

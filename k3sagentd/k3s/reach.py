@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 from k3sagentd.errors import MachineError
 from k3sagentd.k3s.ca import hash_of_cacerts
-from k3sagentd.k3s.probe import insecure
+from k3sagentd.k3s.trust import insecure, trusting
 
 HEAD_START_S = 2.0
 """How long a preferred address may keep the next one waiting: what a loaded Pi needs for TLS."""
@@ -89,7 +89,7 @@ def check(url: str, ca_hash: str | None) -> None:
         raise MachineError(f"{url}/cacerts is not a certificate")
     if found != ca_hash:
         raise MachineError(f"{url} has CA {found}, but the site's is {ca_hash}")
-    _check_name(url, body.decode("ascii", "replace"))
+    _check_name(url, body)
 
 
 def fetch_cacerts(url: str) -> bytes:
@@ -107,13 +107,12 @@ def fetch_cacerts(url: str) -> bytes:
         raise MachineError(f"{url} cannot be reached: {reason}") from error
 
 
-def _check_name(url: str, ca: str) -> None:
+def _check_name(url: str, cacerts: bytes) -> None:
     """As K3s connects once it has the CA (K3s, pkg/clientaccess/token.go): verified, by name."""
     parts = urlsplit(url)
     host, port = parts.hostname or "", parts.port or 443
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     try:
-        context.load_verify_locations(cadata=ca)
+        context = trusting(cacerts)
         with (
             socket.create_connection((host, port), ANSWER_TIMEOUT_S) as sock,
             context.wrap_socket(sock, server_hostname=host),
@@ -124,5 +123,5 @@ def _check_name(url: str, ca: str) -> None:
             f"{url} is of this cluster, but its certificate is not for {host} "
             f"({error.verify_message}); restart K3s on the servers, one after the other"
         ) from error
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise MachineError(f"{url} cannot be reached: {error}") from error

@@ -10,10 +10,11 @@ from urllib.parse import urlsplit
 from k3sagentd.core.k3s import Datastore
 from k3sagentd.discovery.addresses import attachment
 from k3sagentd.errors import ConfigError, DataError, MachineError
-from k3sagentd.k3s import probe, reach
+from k3sagentd.k3s import reach
 from k3sagentd.k3s.change_role import is_change
 from k3sagentd.k3s.data import datastore, is_removed
 from k3sagentd.k3s.order import check_url
+from k3sagentd.k3s.trust import insecure
 from k3sagentd.k3s.work import Work
 from k3sagentd.yaml_files import merge
 
@@ -62,7 +63,7 @@ def _is_own(work: Work, url: str) -> bool:
 
 def pings() -> bool:
     """Whether this machine's own server is up: past whatever it does with its datastore."""
-    context = probe.insecure()
+    context = insecure()
     try:
         with urllib.request.urlopen(PING, timeout=PING_TIMEOUT_S, context=context) as response:
             pong: bytes = response.read(16)

@@ -10,7 +10,7 @@ from typing import Any
 import aiohttp
 
 from k3sagentd.k3s.ca import hash_of_cacerts
-from k3sagentd.k3s.probe import insecure
+from k3sagentd.k3s.trust import insecure
 from k3sagentd.lab.standin.options import password_of, wrong_hash
 
 TIMEOUT_S = 10.0
