@@ -29,6 +29,9 @@ class Roster:
 
     revision: int
     servers: tuple[NodeId, ...]
+    init: NodeId
+    """The init node of the bootstrap log that it continues; a cluster that is adopted may still
+    have the roster of an earlier life of the site."""
 
     def describe(self) -> str:
         """As people read it."""
@@ -49,6 +52,8 @@ class KubeNode:
     """It has the etcd role: deleting it removes its member (K3S.md 7)."""
     ready: bool
     """Its condition Ready is True; NotReady and Unknown are not."""
+    cordoned: bool = False
+    """It takes no new pods: it is being drained, or was."""
     release: str | None = None
     """K3s's release, as its kubelet tells it; None for what is no release (``k3s.RELEASE``)."""
 

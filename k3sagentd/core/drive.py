@@ -36,6 +36,10 @@ FOR_GOOD_RETRY_S = 300.0
 """What needs a person is looked at again now and then, so that nobody has to tell us."""
 KEPT_OUT_S = 60.0
 """K3s that was started to join and is not ready by then asks about its name again."""
+STARTS_LIMIT = 5
+"""A machine that goes off so often before its K3s is ready is not one to start a cluster with."""
+DOWN_S = 300.0
+"""A member whose K3s does not run for so long is seen to by root again."""
 ORDER_TIMEOUT_S = 3600.0
 """After this an order without an end was lost with the process that had taken it: twice what an
 install may take."""
@@ -115,6 +119,8 @@ def init_failure(node: Node, now_s: float) -> str | None:
     if node.k3s.ready or drive.order is None or drive.order.action is not Action.INIT:
         return None
     reason = drive.result.reason if drive.result else None
+    if node.durable.starts > STARTS_LIMIT:
+        return f"K3s was started here {STARTS_LIMIT} times, and the machine went off each time"
     if drive.outcome is Outcome.FAILED_FOR_GOOD:
         return reason or "the install failed"
     if drive.first_order_s is not None and now_s >= drive.first_order_s + node.site.abandon_after_s:
@@ -147,7 +153,11 @@ def flag_mismatch(node: Node) -> str | None:
         for flag, value in sorted(node.facts.shared_flags.items())
         if theirs.get(flag) != value
     ]
-    return "; ".join(wrong) + "; set the same value on both" if wrong else None
+    return (
+        "; ".join(wrong) + "; set the same value on both, and restart k3sagentd here"
+        if wrong
+        else None
+    )
 
 
 def is_member(node: Node) -> bool:
@@ -223,10 +233,8 @@ def _join(turn: Turn) -> None:
     node = turn.node
     if is_member(node):
         founds = node.is_init and k3s_role(node) is ServerOrAgent.SERVER
-        if founds and not ready_urls(node):
-            _ensure(turn, Action.INIT)
-        else:
-            _ensure(turn, Action.JOIN)
+        action = Action.INIT if founds and not ready_urls(node) else Action.JOIN
+        _ensure(turn, action, again=_is_down(node, turn.now_s))
         return
     if is_other_role(node) and k3s_role(node) is ServerOrAgent.AGENT:
         # By the word of the others: three that are left of four are a quorum, one of two is none.
@@ -246,6 +254,18 @@ def _join(turn: Turn) -> None:
         _ensure(turn, Action.JOIN)
         if is_kept_out(turn.node, turn.now_s):
             ask(turn)
+
+
+def _is_down(node: Node, now_s: float) -> bool:
+    """Whether K3s of a member does not run for long: root looks again, for it does not start one
+    that was removed from etcd (K3S.md 7) before its data is aside."""
+    down = node.drive.outcome is Outcome.DONE and not node.k3s.running
+    return down and now_s >= down_due_s(node)
+
+
+def down_due_s(node: Node) -> float:
+    """When root sees to a member's K3s again, should it not run until then."""
+    return max(node.drive.ordered_s, node.phase_since_s) + DOWN_S
 
 
 def _is_entering(node: Node, now_s: float) -> bool:
@@ -299,11 +319,12 @@ def _role(node: Node) -> ServerOrAgent:
     return k3s_role(node) or ServerOrAgent.SERVER
 
 
-def _ensure(turn: Turn, action: Action) -> None:
+def _ensure(turn: Turn, action: Action, *, again: bool = False) -> None:
+    """Give an order; one that stands only where it is due, or is wanted ``again``."""
     drive = turn.node.drive
     if _ordered(turn.node, action):
         due_s = order_due_s(drive)
-        again = is_adrift(turn.node) and drive.outcome is Outcome.DONE
+        again = again or (is_adrift(turn.node) and drive.outcome is Outcome.DONE)
         if not again and (due_s is None or turn.now_s < due_s):
             return
         attempt = drive.order.attempt + 1 if drive.order else 0
@@ -331,11 +352,16 @@ def _remember(turn: Turn, action: Action) -> None:
     durable = node.durable
     name = durable.node_name or names.choose(node)
     epoch, generation = durable.started_epoch, durable.started_generation
+    starts = durable.starts
     if action is Action.INIT and not (node.is_forced and has_own_start(node)):
         epoch, generation = log.epoch(node.log), node.generation.number
-    before = (durable.node_name, durable.started_epoch, durable.started_generation)
-    if (name, epoch, generation) != before:
-        turn.persist(node_name=name, started_epoch=epoch, started_generation=generation)
+    same = (epoch, generation) == (durable.started_epoch, durable.started_generation)
+    if action is Action.INIT and node.seal is None and not _ordered(node, action):
+        starts = starts + 1 if same else 1
+    if not same or (name, starts) != (durable.node_name, durable.starts):
+        turn.persist(
+            node_name=name, started_epoch=epoch, started_generation=generation, starts=starts
+        )
 
 
 def _order(node: Node, action: Action) -> Order:
@@ -393,6 +419,21 @@ def on_result(turn: Turn, result: Result) -> None:
         turn.report(f"{drive.order.action} is done")
     else:
         turn.report(f"{drive.order.action}: {result.step}")
+
+
+def on_probed(turn: Turn, state: K3sState) -> None:
+    """Take in what a probe found. K3s that is ready has data by now; root looked at the disk before
+    K3s had begun."""
+    turn.set(k3s=state)
+    facts, order = turn.node.facts, turn.node.drive.order
+    if not state.ready or facts is None or facts.datastore is not Datastore.NONE:
+        return
+    if order is None or order.action not in (Action.INIT, Action.JOIN):
+        return
+    if order.role is ServerOrAgent.AGENT and state.ca_hash is None:
+        turn.set(facts=replace(facts, datastore=Datastore.AGENT))
+    elif order.role is ServerOrAgent.SERVER and state.ca_hash is not None:
+        turn.set(facts=replace(facts, datastore=Datastore.ETCD, ca_hash=state.ca_hash))
 
 
 def reset(turn: Turn) -> None:

@@ -35,6 +35,8 @@ BALLOT_TIMEOUT_S = 3.0
 STAGGER_S = 1.5
 """Between the proposers' turns, by rank: longer than an undisturbed ballot takes."""
 BACKOFF_LIMIT_S = 30.0
+HOPELESS_BACKOFF_S = 600.0
+"""What the pause grows to where no ballot can have a value."""
 BALLOTS_FOR_FOUNDERS = 3
 """Ballots that a proposer gives up because a promise was lost that would make one more server."""
 EPOCH_PAUSE_S = 60.0
@@ -221,7 +223,9 @@ def advance(turn: Turn) -> None:
             value = bound.value if bound else proposal.wanted or _nomination(node, proposal)
             if value is None:
                 elsewhere = guards.cluster_elsewhere(node)
-                back_off(turn, elsewhere or "no machine here may be a server")
+                # Only a person changes that: no write to each disk twice a minute until then.
+                reason = elsewhere or "no machine here may be a server"
+                back_off(turn, reason, limit_s=HOPELESS_BACKOFF_S)
             elif free_nomination and turn.now_s < node.phase_since_s + pause_s(node, value):
                 back_off(turn, "who promised has failed before, the others have some time yet")
             else:
@@ -289,11 +293,11 @@ def _ask_to_accept(turn: Turn, proposal: Preparing, value: Value) -> None:
     advance(turn)
 
 
-def back_off(turn: Turn, reason: str) -> None:
+def back_off(turn: Turn, reason: str, *, limit_s: float = BACKOFF_LIMIT_S) -> None:
     """Give our ballot up and leave the others time; the pause grows with each failure."""
     failures = turn.node.failures + 1
     share = ranking.lot(turn.node.site.election_key, turn.node.id)[0] / 255
-    pause_s = min(BACKOFF_LIMIT_S, STAGGER_S * 2 ** min(failures, 6)) * (0.5 + 0.5 * share)
+    pause_s = min(limit_s, STAGGER_S * 2 ** min(failures, 10)) * (0.5 + 0.5 * share)
     turn.set(
         proposal=None,
         failures=failures,

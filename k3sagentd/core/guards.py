@@ -96,7 +96,8 @@ def why_not_force(node: Node) -> str | None:
         return trouble
     if node.site.role is Role.AGENT:
         return "role is agent here; allowed: server or auto"
-    holders = [hello for hello in node.up if hello.datastore in (Datastore.ETCD, Datastore.SQLITE)]
+    stores = (Datastore.ETCD, Datastore.SQLITE)
+    holders = [hello for hello in node.up if hello.member or hello.datastore in stores]
     if holders:
         names = ", ".join(node.name_of(hello.node) for hello in holders)
         return f"{names} has a cluster's data; bring it up there, or k3sagentd reset it first"
@@ -139,8 +140,8 @@ def conflict(node: Node) -> str | None:
             return None
         return (
             f"this machine has K3s data of another cluster ({_cluster(mine)}) than the site "
-            f"({_cluster(node.seal.ca_hash)}); stop K3s and move /var/lib/rancher/k3s aside here "
-            "to join it"
+            f"({_cluster(node.seal.ca_hash)}); stop K3s, move /var/lib/rancher/k3s aside here "
+            "and restart k3sagentd to join it"
         )
     clusters = {there: hello.node for hello in node.up if (there := claim(node, hello))}
     if mine is not None:
@@ -151,8 +152,8 @@ def conflict(node: Node) -> str | None:
         f"{_cluster(cluster)} on {node.name_of(holder)}" for cluster, holder in clusters.items()
     )
     return (
-        f"two clusters under one token: {named}; stop K3s and move /var/lib/rancher/k3s aside on "
-        "the machines of the one to give up"
+        f"two clusters under one token: {named}; on the machines of the one to give up stop K3s, "
+        "move /var/lib/rancher/k3s aside and restart k3sagentd"
     )
 
 

@@ -130,7 +130,7 @@ def _absorb(turn: Turn, event: Event) -> None:
         case LeaveAsked(step=step):
             leaving.begin(turn, step)
         case K3sProbed(state=state):
-            turn.set(k3s=state)
+            drive.on_probed(turn, state)
         case InitForced():
             _on_forced(turn)
         case PersistFailed(reason=reason):
@@ -152,8 +152,9 @@ def _on_hello(turn: Turn, hello: Hello) -> None:
         return
     before = node.peers.get(hello.node)
     if before is None:
-        if len(node.peers) >= PEERS_LIMIT:
+        if len(node.peers) >= PEERS_LIMIT and not _make_room(turn):
             return
+        node = turn.node
         peer = Peer(hello=hello, up=True, heard_s=turn.now_s)
     else:
         older = hello.instance == before.hello.instance and (hello.revision < before.hello.revision)
@@ -183,6 +184,17 @@ def _on_hello(turn: Turn, hello: Hello) -> None:
             f"sees {turn.node.name_of(hello.node)} ({short(hello.node)}) at {hello.address}: "
             f"{_here(turn.node)}"
         )
+
+
+def _make_room(turn: Turn) -> bool:
+    """Forget who was not heard for longest and is no server; False where all are here."""
+    peers, servers = turn.node.peers, roster.members(turn.node)
+    gone = [p for p in peers.values() if not p.up and p.hello.node not in servers]
+    if not gone:
+        return False
+    oldest = min(gone, key=lambda peer: peer.lost_s).hello.node
+    turn.set(peers={each: peer for each, peer in peers.items() if each != oldest})
+    return True
 
 
 def _heard_s(peer: Peer, now_s: float) -> float:
@@ -407,6 +419,7 @@ def _deadlines(node: Node) -> Iterator[float]:
     if node.phase is NodePhase.JOINING:
         yield registration.due_s(node)
         yield node.drive.ordered_s + drive.KEPT_OUT_S
+        yield drive.down_due_s(node)
     yield from steward.deadlines(node)
     yield from leaving.deadlines(node)
     if node.phase is NodePhase.INITIALISING and node.drive.first_order_s is not None:

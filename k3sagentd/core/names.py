@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from k3sagentd.core import guards
+from k3sagentd.core.k3s import Action, Datastore
 from k3sagentd.core.state import Node
 from k3sagentd.core.turn import Turn
 
@@ -12,12 +13,25 @@ COMMON_HOSTNAMES = frozenset({"raspberrypi", "localhost", "debian", "ubuntu", "d
 
 
 def keep(turn: Turn) -> str:
-    """The name, made durable before anything is called by it."""
+    """The name, made durable before anything is called by it.
+
+    Until K3s was started by it, it is chosen anew: a machine with the same hostname may be heard
+    later than the first server, and a hostname be changed.
+    """
     name = turn.node.durable.node_name
-    if name is None:
-        name = choose(turn.node)
-        turn.persist(node_name=name)
+    if name is None or _is_unused(turn.node):
+        chosen = choose(turn.node)
+        if chosen != name:
+            turn.persist(node_name=chosen)
+        return chosen
     return name
+
+
+def _is_unused(node: Node) -> bool:
+    order, facts = node.drive.order, node.facts
+    started = order is not None and order.action is not Action.PREPARE
+    blank = facts is not None and facts.datastore is Datastore.NONE
+    return blank and not started and node.durable.started_epoch is None
 
 
 def choose(node: Node) -> str:

@@ -95,7 +95,9 @@ def on_registration(turn: Turn, message: Registration) -> None:
         return
     wanted = message.ca_hash == node.seal.ca_hash and message.role is k3s_role(node)
     if wanted and message.servers:
-        turn.drive(registration=message, answered=True, told=None, asks=0)
+        # Who has one and asks again is kept out by something that may last.
+        asks = 0 if node.drive.registration is None else node.drive.asks
+        turn.drive(registration=message, answered=True, told=None, asks=asks)
 
 
 def on_not_yet(turn: Turn, sender: NodeId, message: NotYet) -> None:

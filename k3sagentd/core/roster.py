@@ -26,9 +26,9 @@ ALIVE_S = 300.0
 
 
 def learn(turn: Turn, found: Roster | None) -> None:
-    """Take a newer roster in; an older one means nothing."""
+    """Take a newer roster in; an older one, or one of another bootstrap log, means nothing."""
     node = turn.node
-    if found is None or found.revision <= node.roster.revision:
+    if found is None or found.revision <= node.roster.revision or found.init != node.roster.init:
         return
     before = k3s_role(node)
     turn.persist(roster=found)
@@ -42,14 +42,22 @@ def learn(turn: Turn, found: Roster | None) -> None:
 
 
 def watch(turn: Turn) -> None:
-    """Note since when servers are missing."""
+    """Note since when servers are missing, and what the peers know that came before our log did."""
     node = turn.node
+    newest = max((h.roster for h in node.kin if h.roster), key=_revision, default=None)
+    if newest is not None and newest.revision > node.roster.revision:
+        learn(turn, newest)
+        node = turn.node
     ready = ready_servers(node)
     sealed = node.seal is not None
     unserved = _since(node.unserved_since_s, sealed and not ready, turn.now_s)
     short = _since(node.short_since_s, sealed and len(ready) < node.site.servers, turn.now_s)
     if (unserved, short) != (node.unserved_since_s, node.short_since_s):
         turn.set(unserved_since_s=unserved, short_since_s=short)
+
+
+def _revision(found: Roster) -> int:
+    return found.revision
 
 
 def _since(before_s: float | None, holds: bool, now_s: float) -> float | None:
@@ -65,12 +73,14 @@ def ready_servers(node: Node) -> list[NodeId]:
 
 
 def members(node: Node) -> tuple[NodeId, ...]:
-    """Who is a server by the roster, or was one before there was a roster."""
-    listed = node.roster.servers
-    if node.roster.revision:
-        return listed
+    """Who is a server by the roster, or was one before there was a roster, or before us."""
+    listed, unwritten = node.roster.servers, node.roster.revision == 0
     adopted = [
-        h.node for h in node.kin if h.datastore is Datastore.ETCD and h.existing == _ca_hash(node)
+        h.node
+        for h in node.kin
+        if h.datastore is Datastore.ETCD
+        and h.existing == _ca_hash(node)
+        and (unwritten or h.adopted)
     ]
     if has_etcd(node) and k3s_role(node) is ServerOrAgent.SERVER:
         adopted.append(node.id)
@@ -169,6 +179,14 @@ def desired(node: Node, now_s: float, joiner: NodeId | None = None) -> tuple[Nod
             heard[joiner], phase=NodePhase.JOINING, k3s_role=ServerOrAgent.AGENT
         )
     listed = members(node)
+    for each in listed:
+        # Its daemon alone is silent: a server like any other, that cannot answer for itself.
+        if (
+            each not in heard
+            and (peer := node.peers.get(each))
+            and is_heard_by_k3s(node, each, now_s)
+        ):
+            heard[each] = replace(peer.hello, server_url=peer.hello.server_url or "known to K3s")
     current = (*listed, *_unlisted(node, heard, listed))
     absent = [each for each in current if each not in heard]
     dead = [each for each in absent if is_gone(node, each, now_s)]

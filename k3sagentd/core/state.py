@@ -70,6 +70,8 @@ class Durable:
     """Epoch in which we were told to start a cluster, until we stood down from it."""
     started_generation: int = 0
     """The generation of that epoch."""
+    starts: int = 0
+    """Runs of the daemon that told K3s to start it."""
     roster: Roster | None = None
     """Which machines are to be servers, as last learned; None: those of the nomination."""
     node_name: str | None = None
@@ -330,7 +332,9 @@ class Node:
         if self.durable.roster is not None:
             return self.durable.roster
         nomination = self.nomination
-        return Roster(revision=0, servers=nomination.servers if nomination else ())
+        if nomination is None:
+            return Roster(revision=0, servers=(), init=entries.NOBODY)
+        return Roster(revision=0, servers=nomination.servers, init=nomination.init)
 
     @property
     def generation(self) -> Generation:

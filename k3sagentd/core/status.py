@@ -92,6 +92,11 @@ def _electing(node: Node, now_s: float) -> str:
     order = ranking.ranked(node, (own_hello(node), *node.up))
     if not order:
         return "a machine that may be a server: all here have role: agent or may not vote"
+    if (idle := _idle_cluster(node, order[0])) is not None:
+        return (
+            f"{idle}, which has K3s data of a cluster, to be able to lead: role: agent is set "
+            "there, or its votes are lost"
+        )
     left_s = node.phase_since_s + election.pause_s(node) - now_s
     if left_s > 0 and isinstance(node.log[-1], log.Abandon):
         name = node.name_of(order[0].node)
@@ -99,6 +104,15 @@ def _electing(node: Node, now_s: float) -> str:
         return f"another attempt of {name} in {duration(left_s)}; the last was given up: {why}"
     again = f" (last time: {reason})" if reason else ""
     return f"{node.name_of(order[0].node)}, which ranks first, to be nominated{again}"
+
+
+def _idle_cluster(node: Node, best: Hello) -> str | None:
+    """Who has a cluster from before while one that has none ranks first."""
+    if guards.claim(node, best) is not None:
+        return None
+    claims = (h.node for h in (own_hello(node), *node.up) if guards.claim(node, h) is not None)
+    found = next(claims, None)
+    return node.name_of(found) if found is not None else None
 
 
 def _init_node(node: Node, now_s: float) -> str:
@@ -131,6 +145,8 @@ def _init_node(node: Node, now_s: float) -> str:
 def _initialising(node: Node, now_s: float) -> str:
     if node.drive.order is None and not drive.may_initialise(node):
         return guards.quorum_missing(node) or "the newest entries of the bootstrap log"
+    if node.is_forced:
+        return _result(node, now_s)  # nobody votes beside it
     if reason := drive.init_failure(node, now_s):
         missing = guards.quorum_missing(node)
         line = f"{node.quorum} of {node.nodes} to abandon this node: {reason}"
@@ -224,7 +240,8 @@ def quorum_lost(node: Node) -> str | None:
     """Too few of etcd's members are heard: without more of them the cluster takes no changes.
 
     A founding server that never joined is no member; of who was never heard we know nothing, and
-    a K3s that is ready here tells us that it is not needed.
+    a K3s that is ready here tells us that it is not needed. Nor is one that fell silent before the
+    API last answered: perhaps its K3s goes on.
     """
     members = []
     for each in roster.members(node):
@@ -234,7 +251,8 @@ def quorum_lost(node: Node) -> str | None:
             members.append(each)
     silent = [each for each in members if roster.absent_since_s(node, each) is not None]
     here, needed = len(members) - len(silent), paxos.quorum(len(members))
-    if here >= needed:
+    since_s = max((roster.absent_since_s(node, each) or 0.0 for each in silent), default=0.0)
+    if here >= needed or (node.k3s.ready and node.steward.viewed_s > since_s):
         return None
     names = ", ".join(node.name_of(each) for each in silent)
     missing = f"{needed - here} of " if needed - here < len(silent) else ""

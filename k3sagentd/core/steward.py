@@ -8,7 +8,7 @@ decided on an older one fails. Nothing is looked at while there is nothing to do
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -120,7 +120,7 @@ def _work(node: Node, view: ClusterView, now_s: float) -> dict[str, Any] | None:
     if servers is not None:
         written = view.roster.revision if view.roster is not None else 0
         revision = max(written, node.roster.revision) + 1
-        found = Roster(revision=revision, servers=servers)
+        found = Roster(revision=revision, servers=servers, init=node.roster.init)
         # Who strikes itself out is no server any more, and could not give it back later.
         return {"roster": found, "release": node.id not in servers}
     for left in view.nodes:
@@ -295,21 +295,28 @@ def answer_leaver(turn: Turn, sender: NodeId, message: LeaveRequest) -> LeaveAns
 def refusal(view: ClusterView, kube: KubeNode, step: LeaveStep) -> str | None:
     """Why ``kube`` may not leave: the servers that stay must be a quorum of etcd's members.
 
-    Who stops is a member until its Node is removed, so until then it counts.
+    Who stops is a member until its Node is removed, so until then it counts. One that is cordoned
+    may be about to leave as well.
     """
     if not kube.server:
         return None
     servers = [each for each in view.nodes if each.server]
-    ready = sum(each.ready for each in servers if each.name != kube.name)
+    stay = [each for each in servers if each.name != kube.name]
+    ready = sum(each.ready and not each.cordoned for each in stay)
     members = len(servers) - (step is LeaveStep.REMOVE)
     if len(servers) == 1:
         return f"{kube.name} is the only server: the cluster would end with it"
     if ready < (needed := paxos.quorum(members)):
         return (
-            f"{ready} of the {len(servers) - 1} servers that stay are ready, {needed} must be: "
-            "without a quorum the cluster takes no changes"
+            f"{ready} of the {len(stay)} servers that stay are ready{_cordoned(stay)}, {needed} "
+            "must be: without a quorum the cluster takes no changes"
         )
     return None
+
+
+def _cordoned(nodes: Iterable[KubeNode]) -> str:
+    names = ", ".join(each.name for each in nodes if each.ready and each.cordoned)
+    return f" (not counting {names}: cordoned)" if names else ""
 
 
 def _is_done(view: ClusterView, wish: Wish) -> bool:
@@ -370,15 +377,22 @@ def _still_there(node: Node, kube: KubeNode, joiner: NodeId, now_s: float) -> st
     Surely gone is: the joiner itself as it was before; the same hardware under another identity; or
     who was heard neither by K3s nor by us for as long as it takes to be replaced.
     """
+    for hello in node.up:
+        if hello.node != joiner and kube.node == hello.node:
+            return (
+                f"another name: {kube.name} is the machine at {hello.address}; change the hostname "
+                "of one and restart k3sagentd there"
+            )
     if kube.ready:
         return f"the Node {kube.name} to be given up by K3s, which still hears it"
     asks = node.peers.get(joiner)
+    if kube.node == joiner:
+        # With data it is a member that starts, or is stopped for a while; without, it was one.
+        member = asks is not None and asks.hello.member
+        return f"K3s on {kube.name} to be ready: it is a member of etcd" if member else None
     mark = asks.hello.hardware if asks is not None else None
-    if kube.node == joiner or (mark is not None and mark == kube.hardware):
+    if mark is not None and mark == kube.hardware:
         return None
-    for hello in node.up:
-        if hello.node != joiner and kube.node == hello.node:
-            return f"another name: {kube.name} is {node.name_of(hello.node)}, which is alive"
     known = {p.hello.node for p in node.peers.values() if p.hello.node_name == kube.name}
     owners = ({kube.node} if kube.node is not None else known) - {joiner}
     ages = [roster.absent_since_s(node, owner) for owner in owners if owner is not None]

@@ -113,6 +113,8 @@ def check_roster(roster: Roster) -> None:
     for server in roster.servers:
         if not NODE_ID.fullmatch(server):
             raise DataError(f"roster has {server!r:.80}, which is no node id")
+    if not NODE_ID.fullmatch(roster.init):
+        raise DataError(f"roster.init is {roster.init!r:.80}, which is no node id")
     if len(set(roster.servers)) != len(roster.servers):
         raise DataError("roster names a server twice")
 
@@ -289,6 +291,7 @@ def _node(plain: Any) -> FoundNode:
             hardware=_label(labels, HARDWARE_LABEL, MARK),
             server=ETCD_LABEL in labels,
             ready=ready,
+            cordoned=_object(plain, "spec").get("unschedulable") is True,
             release=release if isinstance(release, str) and RELEASE.fullmatch(release) else None,
         ),
         version=_text(metadata, "resourceVersion"),

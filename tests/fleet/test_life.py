@@ -43,7 +43,7 @@ def of_role(site: Fleet, role: str) -> list[Machine]:
     return [m for m in site.machines if views.get(m.name, {"node": {}})["node"].get("role") == role]
 
 
-def etcd(machine: Machine, path: str, **what: str) -> dict:
+def etcd(machine: Machine, path: str, **what: str | bool) -> dict:
     """Ask etcd itself, through its gateway."""
     code = (
         "import sys; from urllib.request import urlopen; "
@@ -115,6 +115,10 @@ def test_all_five_in_the_dark_and_every_address_is_another(site: Fleet) -> None:
     old = {server.name: server.address for server in servers}
     key, value = (base64.b64encode(text).decode() for text in (b"/mine", b"precious"))
     etcd(servers[-1], "kv/put", key=key, value=value)
+    # A reset goes on with one server's copy, so all have it before the cut.
+    for server in servers:
+        while "kvs" not in etcd(server, "kv/range", key=key, serializable=True):
+            time.sleep(0.1)
     for machine in site.machines:
         machine.cut()
         machine.move()

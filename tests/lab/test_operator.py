@@ -88,7 +88,8 @@ def test_root_keeps_the_lease_and_removes_a_dead_server(lab: Bench) -> None:
     assert looked.view is not None
     assert [(n.server, n.ready) for n in looked.view.nodes] == [(True, True)] * 3
     ids = tuple(NodeId(view["node"]["id"]) for view in lab.views().values())
-    roster = Roster(revision=1, servers=ids)
+    init = NodeId(str(agreed(lab.views())["init_node"]))
+    roster = Roster(revision=1, servers=ids, init=init)
     held = holding(lab, "node1", roster=roster)
     assert held.view is not None
     assert (held.view.holder, held.view.roster) == (held.errand.node, roster)
@@ -140,7 +141,8 @@ def test_all_servers_have_new_addresses_after_a_power_cut(lab: Bench) -> None:
     views = lab.views()
     before, names, (agent,) = agreed(views), servers(views), agents(views)
     first, cluster = names[0], cluster_id(names[0])
-    roster = Roster(revision=7, servers=tuple(NodeId(views[n]["node"]["id"]) for n in names))
+    ids = tuple(NodeId(views[n]["node"]["id"]) for n in names)
+    roster = Roster(revision=7, servers=ids, init=NodeId(str(before["init_node"])))
     assert holding(lab, names[1], roster=roster).outcome is Outcome.DONE
     for name in views:
         lab.run("kill", name)

@@ -180,6 +180,9 @@ def _join(world: World, m: Computer, order: Order) -> Verdict:
     if not member and not any(_serves(world, m, url, order.ca_hash) for url in order.servers):
         return Outcome.FAILED, "no server can be reached"
     world.promise.starts_k3s(m, order)
+    if k3s.labelled and k3s.store is Datastore.ETCD and _is_removed(world, m):
+        k3s.running = k3s.ready = False
+        _put_removed_aside(m)
     if k3s.store is Datastore.AGENT and order.role is ServerOrAgent.SERVER:
         k3s.running = k3s.ready = False  # a promotion: the agent's data goes aside
         k3s.store, k3s.cluster = Datastore.NONE, None
@@ -206,6 +209,11 @@ def _step_down(world: World, m: Computer, order: Order) -> Verdict:
     k3s.aside.append(str(k3s.cluster))
     _empty(m)
     return DONE
+
+
+def _put_removed_aside(m: Computer) -> None:
+    m.k3s.aside.append(_ca(m))
+    m.k3s.store, m.k3s.cluster, m.k3s.member = Datastore.NONE, None, None
 
 
 def _empty(m: Computer) -> None:
@@ -255,18 +263,21 @@ def begin_to_run(world: World, m: Computer) -> None:
     watch(world, m)
 
 
+def _is_removed(world: World, m: Computer) -> bool:
+    return m.k3s.member not in cluster.of(world, _ca(m)).members
+
+
 def _becomes_ready(world: World, m: Computer, power: int, starts: int) -> None:
     """What K3s does at a start (K3S.md 1, 4, 7); what fails ends it, and its unit tries again."""
     k3s = m.k3s
     if m.power != power or not k3s.running or k3s.starts != starts:
         return
-    if k3s.store is Datastore.ETCD and k3s.member not in cluster.of(world, _ca(m)).members:
+    if k3s.store is Datastore.ETCD and _is_removed(world, m):
         # Removed from the member list: its tombstone moves the data aside and it starts anew.
-        if k3s.joining is None and k3s.origin is not None:
-            dies(world, m)  # 51-k3sagentd-removed.conf: it would found another cluster
+        if k3s.labelled:
+            dies(world, m)  # 51-k3sagentd-removed.conf: it might found another cluster
             return
-        k3s.aside.append(_ca(m))
-        k3s.store, k3s.cluster, k3s.member = Datastore.NONE, None, None
+        _put_removed_aside(m)
         if k3s.joining is None:
             _found(world, m)
     if k3s.store is Datastore.NONE and not _enter(world, m):

@@ -160,7 +160,7 @@ def test_answers_that_no_api_gives(
 
 
 def test_the_lease_is_made_kept_and_released(paths: Paths, api: FakeApi) -> None:
-    roster = Roster(revision=3, servers=(ME, YOU))
+    roster = Roster(revision=3, servers=(ME, YOU), init=ME)
     first = view_of(paths, replace(HOLD, roster=roster))
     assert (first.holder, first.roster) == (ME, roster)
     spec = lease(api)["spec"]
@@ -410,7 +410,7 @@ def test_an_errand_is_taken_once_and_answered(paths: Paths, api: FakeApi) -> Non
 FULL = replace(
     HOLD,
     lease_version="17",
-    roster=Roster(revision=1, servers=(ME,)),
+    roster=Roster(revision=1, servers=(ME,), init=ME),
     drain="pi.lan",
     remove="pi.lan",
     uid=UID,
@@ -440,11 +440,16 @@ FULL = replace(
         {"uid": None},
         {"uid": "x"},
         {"uid": UID + "\n"},
-        {"roster": Roster(revision=-1, servers=(ME,))},
-        {"roster": Roster(revision=1, servers=())},
-        {"roster": Roster(revision=1, servers=(NodeId("x"),))},
-        {"roster": Roster(revision=1, servers=(ME, ME))},
-        {"roster": Roster(revision=1, servers=tuple(NodeId(f"{n:032x}") for n in range(100)))},
+        {"roster": Roster(revision=-1, servers=(ME,), init=ME)},
+        {"roster": Roster(revision=1, servers=(), init=ME)},
+        {"roster": Roster(revision=1, servers=(NodeId("x"),), init=ME)},
+        {"roster": Roster(revision=1, servers=(ME, ME), init=ME)},
+        {"roster": Roster(revision=1, servers=(ME,), init=NodeId("x"))},
+        {
+            "roster": Roster(
+                revision=1, servers=tuple(NodeId(f"{n:032x}") for n in range(100)), init=ME
+            )
+        },
         {"hold": False},
         {"hold": False, "roster": None, "drain": None, "remove": None},
         {"hold": False, "roster": None, "drain": None, "release": False},

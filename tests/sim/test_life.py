@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Life after the seal as the daemon tells it to the core: a probe finds K3s ready, and nobody has
+looked at the disk again since K3s began. Each was a bug."""
+
+from dataclasses import replace
+
+import pytest
+
+from k3sagentd.core import guards, status
+from k3sagentd.core.cluster import KubeNode, Roster
+from k3sagentd.core.events import K3sProbed
+from k3sagentd.core.k3s import Action, Datastore, Facts, K3sState, ServerOrAgent
+from k3sagentd.core.state import PEERS_LIMIT, Node, Peer
+from k3sagentd.core.words import NodeId, NodePhase
+from tests.sim.scenario import Wire
+
+CA = "a0" * 32
+THREE_SERVERS = """\
+site a b c d e nodes=4
+on a b c d
+meet a b c d
+deliver
+apply a done
+probed a
+deliver
+apply b done
+apply c done
+deliver
+go 4s
+apply b done
+probed b
+deliver
+go 4s
+apply c done
+probed c
+apply d done
+probed d
+deliver
+go 60s"""
+
+
+def play(commands: str, wire: Wire | None = None) -> Wire:
+    """Obey ``commands``; ``probed`` is what a probe alone says of a K3s that is ready."""
+    wire = wire or Wire()
+    for command in commands.splitlines():
+        if command.startswith("probed "):
+            probed(wire, command.split()[1])
+        else:
+            wire.obey(command)
+    return wire
+
+
+def probed(wire: Wire, name: str) -> None:
+    m = wire.machines[name]
+    assert m.node is not None
+    m.ready = True
+    order = m.node.drive.order
+    assert order is not None
+    server = order.role is ServerOrAgent.SERVER
+    wire._kube.register(m.id, m.site.hardware, server=server)
+    ca_hash = (m.node.seal.ca_hash if m.node.seal else CA) if server else None
+    feed(wire, name, K3sState(running=True, ready=True, ca_hash=ca_hash, detail="ready"))
+
+
+def feed(wire: Wire, name: str, state: K3sState) -> None:
+    m = wire.machines[name]
+    m.ready = state.ready
+    wire._feed(m, K3sProbed(now_s=wire.now_s, state=state))
+
+
+def node_of(wire: Wire, name: str) -> Node:
+    node = wire.machines[name].node
+    assert node is not None
+    return node
+
+
+def said(wire: Wire, name: str) -> str:
+    return str(status.waiting_for(node_of(wire, name), wire.now_s))
+
+
+def test_a_server_whose_k3s_is_stopped_for_a_while_stays_a_member() -> None:
+    wire = play(THREE_SERVERS)
+    assert node_of(wire, "b").phase is NodePhase.READY
+    feed(wire, "b", K3sState(detail="its server does not answer"))
+    play("go 280s", wire)
+    assert "b" in wire._kube.nodes
+    order = wire.machines["b"].order
+    assert order is not None
+    assert (order.action, order.attempt) == (Action.JOIN, 0)
+    # Root looks again: perhaps it was removed from etcd, and waits for its data to go aside.
+    play("go 40s", wire)
+    order = wire.machines["b"].order
+    assert order is not None
+    assert (order.action, order.attempt) == (Action.JOIN, 1)
+    play("apply b done\nprobed b\ndeliver", wire)
+    assert node_of(wire, "b").phase is NodePhase.READY
+
+
+def test_no_force_beside_a_server_that_only_waits_for_its_quorum() -> None:
+    wire = play(THREE_SERVERS + "\noff a\noff c")
+    feed(wire, "b", K3sState(running=True, detail="etcd has no quorum"))
+    play("on e\nmeet b d e\ngo 20s", wire)
+    refused = guards.why_not_force(node_of(wire, "e"))
+    assert refused == "b has a cluster's data; bring it up there, or k3sagentd reset it first"
+
+
+def test_one_probe_that_fails_orders_nothing() -> None:
+    wire = play(
+        "site a b nodes=2 servers=1\non a b\nmeet a b\ndeliver\napply a done\nprobed a\ndeliver"
+    )
+    assert node_of(wire, "a").phase is NodePhase.READY
+    before = wire.machines["a"].order
+    feed(wire, "a", K3sState(detail="its server does not answer (no answer in time)"))
+    play("go 60s", wire)
+    assert wire.machines["a"].order == before
+
+
+def test_of_two_servers_that_leave_at_once_one_is_refused() -> None:
+    wire = play(THREE_SERVERS)
+
+    def drained(name: str) -> None:
+        kube = wire._kube.nodes[name]
+        wire._kube.nodes[name] = replace(kube, cordoned=True)
+
+    play("leave b drain\ngo 1s", wire)
+    drained("b")
+    play("go 3s\nleave c drain\ngo 20s", wire)
+    b, c = node_of(wire, "b").leaving, node_of(wire, "c").leaving
+    assert b is not None
+    assert b.done
+    assert c is not None
+    assert not c.done
+    assert "1 of the 2 servers that stay are ready (not counting b: cordoned)" in str(
+        c.refused or c.told
+    )
+
+
+def test_a_roster_of_an_earlier_life_of_the_site_is_nobodys() -> None:
+    wire = play(f"site a b c nodes=3\ndisk a etcd {CA}\ndisk b etcd {CA}\ndisk c etcd {CA}")
+    old = NodeId("old")
+    wire._kube.version = 7
+    wire._kube.roster = Roster(revision=3, servers=(old, NodeId("olda")), init=old)
+    play("on a b c\nmeet a b c\ndeliver\ngo 10s", wire)
+    first = next(name for name, m in wire.machines.items() if m.order is not None)
+    play(f"apply {first} done\nready {first}\ndeliver\ngo 5s", wire)
+    for name in "abc":
+        if name != first:
+            play(f"apply {name} done\nready {name}", wire)
+    play("go 400s", wire)
+    assert [node_of(wire, name).phase for name in "abc"] == [NodePhase.READY] * 3
+    assert [node_of(wire, name).roster.servers for name in "abc"] != [old]
+
+
+def test_a_daemon_that_is_silent_does_not_hold_up_the_place_of_a_dead_server() -> None:
+    wire = play(THREE_SERVERS + "\noff c")
+    heard = wire._kube.is_ready
+
+    def is_ready(kube: KubeNode) -> bool:
+        return kube.name == "c" or heard(kube)
+
+    wire._kube.is_ready = is_ready
+    play("go 700s\noff b\ngo 300s", wire)
+    assert "power on" not in str(status.notes(node_of(wire, "a"), wire.now_s))
+    play("go 900s", wire)
+    assert wire._kube.roster is not None
+    assert set(wire._kube.roster.servers) == {"a", "c", "d"}
+
+
+def test_a_machine_that_goes_off_each_time_k3s_starts_is_not_the_init_node_for_ever() -> None:
+    wire = play("site a b c nodes=3\non a b c\nmeet a b c\ngo 10s")
+    for _ in range(7):
+        play("off a\ngo 5s\non a\nmeet a b c\ngo 20s", wire)
+    (_, abandoned, *_) = node_of(wire, "b").log
+    assert "K3s was started here 5 times" in abandoned.describe()
+
+
+def test_who_hears_its_namesake_late_takes_another_name() -> None:
+    wire = play(
+        "site a b nodes=2 servers=1\non a b\nmeet a b\ndeliver\napply a done\nprobed a\ndeliver\n"
+        "apply b done\nprobed b\ndeliver\ngo 60s\nsite z nodes=2 servers=1"
+    )
+    late = wire.machines["z"]
+    late.site = replace(late.site, hostname="b")
+    play("on z\nmeet a z\ndeliver", wire)
+    assert node_of(wire, "z").durable.node_name == "b"
+    play("meet b z\ngo 60s", wire)
+    assert node_of(wire, "z").durable.node_name == "b-z"
+    order = late.order
+    assert order is not None
+    assert (order.action, order.node_name) == (Action.JOIN, "b-z")
+
+
+def test_an_adopted_server_that_the_roster_does_not_know_is_one() -> None:
+    wire = play("site a b c m n nodes=3 servers=3")
+    for name in "abc":
+        wire.machines[name].facts = Facts(
+            fsync_ms=1.0, datastore=Datastore.ETCD, ca_hash=CA, node_name=name
+        )
+    play(
+        "on a b m\nmeet a b m\ndeliver\ngo 10s\napply a done\nready a\ndeliver\napply b done\n"
+        "ready b\napply m done\ngo 4s\napply m done\nready m\ndeliver\ngo 10s\noff m\non n\n"
+        "meet a b n\ngo 700s\napply n done\ngo 4s\napply n done\nready n\ngo 30s",
+        wire,
+    )
+    assert wire._kube.roster is not None
+    play("on c\nmeet a b n c\ngo 20s", wire)
+    order = wire.machines["c"].order
+    assert order is not None
+    assert (order.action, order.role) == (Action.JOIN, ServerOrAgent.SERVER)
+    play("apply c done\nready c\ngo 400s", wire)
+    assert node_of(wire, "c").phase is NodePhase.READY
+
+
+def test_a_ballot_that_cannot_have_a_value_is_not_written_twice_a_minute() -> None:
+    wire = play(
+        f"site a b c d e nodes=5 servers=3\nrole e agent\ndisk e etcd {CA}\non a b c d e\n"
+        "meet a b c d e\ngo 1200s"
+    )
+    lines = wire.shown()
+    assert "e, which has K3s data of a cluster, to be able to lead" in said(wire, "a")
+    play("go 3600s", wire)
+    written = sum("persist " in line for line in wire.shown())
+    assert lines
+    assert written / 5 < 60
+
+
+def test_a_forced_start_that_fails_waits_for_no_votes() -> None:
+    wire = play("site a b c nodes=3\non a\nforce a\napply a hopeless")
+    assert said(wire, "a").startswith("init failed at ")
+
+
+def test_who_was_not_heard_for_longest_makes_room() -> None:
+    wire = play(THREE_SERVERS)
+    a = wire.machines["a"]
+    node = node_of(wire, "a")
+    (hello, *_) = (peer.hello for peer in node.peers.values())
+    crowd = {
+        NodeId(f"x{n}"): Peer(
+            hello=replace(hello, node=NodeId(f"x{n}")), up=False, heard_s=0.0, lost_s=float(n)
+        )
+        for n in range(PEERS_LIMIT - len(node.peers))
+    }
+    a.node = node.but(peers={**node.peers, **crowd})
+    play("on e\nmeet a e\ngo 1s", wire)
+    peers = node_of(wire, "a").peers
+    assert len(peers) == PEERS_LIMIT
+    assert NodeId("e") in peers
+    assert NodeId("x0") not in peers
+
+
+@pytest.mark.parametrize("name", ["b", "c"])
+def test_probes_count_for_what_is_on_the_disk(name: str) -> None:
+    wire = play(THREE_SERVERS)
+    facts = node_of(wire, name).facts
+    assert facts is not None
+    assert facts.datastore is Datastore.ETCD
