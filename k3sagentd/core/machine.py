@@ -92,6 +92,8 @@ def step(node: Node, event: Event) -> tuple[Node, tuple[Effect, ...]]:
     """
     turn = Turn(node.but(now_s=event.now_s), event.now_s)
     _absorb(turn, event)
+    # A peer may have told it before we knew the log that it belongs to.
+    roster.learn(turn, turn.node.told_roster)
     lifecycle.advance(turn)
     before = turn.node
     _campaign(turn)
@@ -170,8 +172,6 @@ def _on_hello(turn: Turn, hello: Hello) -> None:
             peer = replace(peer, earlier_instance=before.hello.instance, flips=flips)
             if flips >= FLIPS_OF_CLONES:
                 turn.send(hello.node, Cloned(address=before.hello.address))
-    if hello.generation == node.generation:
-        roster.learn(turn, hello.roster)
     news = before is None or not before.up
     refused = {a: r for a, r in node.refused.items() if a != hello.address}
     turn.set(
@@ -220,7 +220,7 @@ def _here(node: Node) -> str:
 def _catch_up(turn: Turn) -> None:
     """Ask a peer that knows more entries for them."""
     node = turn.node
-    for hello in node.up:
+    for hello in node.ahead:
         peer = node.peers[hello.node]
         if has_news(node, hello) and turn.now_s >= peer.fetch_s + FETCH_S:
             turn.set(peers={**node.peers, hello.node: replace(peer, fetch_s=turn.now_s)})
@@ -424,6 +424,6 @@ def _deadlines(node: Node) -> Iterator[float]:
     yield from leaving.deadlines(node)
     if node.phase is NodePhase.INITIALISING and node.drive.first_order_s is not None:
         yield node.drive.first_order_s + node.site.abandon_after_s
-    for hello in node.up:
+    for hello in node.ahead:
         if has_news(node, hello):
             yield node.peers[hello.node].fetch_s + FETCH_S

@@ -42,22 +42,14 @@ def learn(turn: Turn, found: Roster | None) -> None:
 
 
 def watch(turn: Turn) -> None:
-    """Note since when servers are missing, and what the peers know that came before our log did."""
+    """Note since when servers are missing."""
     node = turn.node
-    newest = max((h.roster for h in node.kin if h.roster), key=_revision, default=None)
-    if newest is not None and newest.revision > node.roster.revision:
-        learn(turn, newest)
-        node = turn.node
     ready = ready_servers(node)
     sealed = node.seal is not None
     unserved = _since(node.unserved_since_s, sealed and not ready, turn.now_s)
     short = _since(node.short_since_s, sealed and len(ready) < node.site.servers, turn.now_s)
     if (unserved, short) != (node.unserved_since_s, node.short_since_s):
         turn.set(unserved_since_s=unserved, short_since_s=short)
-
-
-def _revision(found: Roster) -> int:
-    return found.revision
 
 
 def _since(before_s: float | None, holds: bool, now_s: float) -> float | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from operator import attrgetter
 from typing import Any
 
 from k3sagentd.core import log as entries
@@ -219,7 +220,10 @@ class Leaving:
     """What it waits for."""
 
 
-DERIVED = {"peers": ("up", "kin", "seen"), "durable": ("nomination", "seal", "roster", "kin")}
+DERIVED = {
+    "peers": ("up", "kin", "seen", "ahead", "told_roster"),
+    "durable": ("nomination", "seal", "roster", "kin", "ahead", "told_roster"),
+}
 """Which of a node's memos a change of a field makes void."""
 
 
@@ -310,6 +314,18 @@ class Node:
     def kin(self) -> tuple[Hello, ...]:
         """Those of them that follow the same bootstrap log."""
         return tuple(hello for hello in self.up if hello.generation == self.generation)
+
+    @cached_property
+    def ahead(self) -> tuple[Hello, ...]:
+        """The peers whose log is longer, or another."""
+        here = (self.generation, len(self.log))
+        return tuple(h for h in self.up if h.generation != here[0] or h.log_length > here[1])
+
+    @cached_property
+    def told_roster(self) -> Roster | None:
+        """The newest roster that our kin know."""
+        told = (hello.roster for hello in self.kin if hello.roster is not None)
+        return max(told, key=attrgetter("revision"), default=None)
 
     @cached_property
     def seen(self) -> int:
