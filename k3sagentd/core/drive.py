@@ -16,6 +16,7 @@ from k3sagentd.core.hello import fixed_urls, has_etcd, k3s_role, own_url
 from k3sagentd.core.k3s import (
     Action,
     Datastore,
+    Facts,
     K3sState,
     Order,
     Outcome,
@@ -421,11 +422,11 @@ def on_result(turn: Turn, result: Result) -> None:
         turn.report(f"{drive.order.action}: {result.step}")
 
 
-def on_probed(turn: Turn, state: K3sState) -> None:
-    """Take in what a probe found. K3s that is ready has data by now; root looked at the disk before
-    K3s had begun."""
-    turn.set(k3s=state)
-    facts, order = turn.node.facts, turn.node.drive.order
+def on_seen(turn: Turn, **seen: Facts | K3sState) -> None:
+    """Take in what root found (``facts``) or a probe (``k3s``). K3s that is ready has data by now;
+    root may have looked at the disk before K3s had begun."""
+    turn.set(**seen)
+    state, facts, order = turn.node.k3s, turn.node.facts, turn.node.drive.order
     if not state.ready or facts is None or facts.datastore is not Datastore.NONE:
         return
     if order is None or order.action not in (Action.INIT, Action.JOIN):

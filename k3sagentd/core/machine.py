@@ -124,7 +124,7 @@ def _absorb(turn: Turn, event: Event) -> None:
         case AddressChanged(address=address):
             turn.set(address=address)
         case FactsRead(facts=facts):
-            turn.set(facts=facts)
+            drive.on_seen(turn, facts=facts)
         case ResultRead(result=result):
             drive.on_result(turn, result)
         case ErrandEnded(result=ended):
@@ -132,7 +132,7 @@ def _absorb(turn: Turn, event: Event) -> None:
         case LeaveAsked(step=step):
             leaving.begin(turn, step)
         case K3sProbed(state=state):
-            drive.on_probed(turn, state)
+            drive.on_seen(turn, k3s=state)
         case InitForced():
             _on_forced(turn)
         case PersistFailed(reason=reason):

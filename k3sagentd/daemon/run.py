@@ -139,6 +139,7 @@ class Daemon:
         self._errands.give(errand)
 
     async def _errand_ended(self, result: ErrandResult) -> None:
+        await self.drive.look_at_facts()
         await self.engine.carry_out(ErrandEnded(now_s=time.monotonic(), result=result))
 
     def _changed(self) -> None:

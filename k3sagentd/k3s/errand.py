@@ -16,9 +16,10 @@ from k3sagentd import schema
 from k3sagentd.config import load_config
 from k3sagentd.core.cluster import ClusterView, Errand, ErrandResult
 from k3sagentd.core.k3s import Outcome
-from k3sagentd.errors import DataError, K3sagentdError, MachineError
+from k3sagentd.errors import ConfigError, DataError, K3sagentdError, MachineError
 from k3sagentd.files import read_bounded, write_atomically
 from k3sagentd.k3s import handed
+from k3sagentd.k3s.facts import write_facts
 from k3sagentd.k3s.install import run as run_program
 from k3sagentd.k3s.kube import (
     NODE_ID,
@@ -116,7 +117,17 @@ def run(paths: Paths) -> None:
         log.warning("%s failed: %s", errand.describe(), result.reason)
     elif errand.drain or errand.remove or errand.roster:
         log.info("%s: done", errand.describe())
+    _look_at_the_machine(paths)
     write_result(paths, result)
+
+
+def _look_at_the_machine(paths: Paths) -> None:
+    """A server's first errand comes when its K3s is ready: now its data can be seen, which was not
+    there when the order ended."""
+    try:
+        write_facts(paths)
+    except (ConfigError, OSError) as error:
+        log.warning("the facts about this machine are not renewed: %s", error)
 
 
 def carry_out(paths: Paths, errand: Errand) -> ErrandResult:

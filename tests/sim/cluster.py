@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from k3sagentd.core.cluster import ClusterView, Errand, ErrandResult, KubeNode, Roster
-from k3sagentd.core.events import ErrandEnded
+from k3sagentd.core.events import ErrandEnded, FactsRead
 from k3sagentd.core.k3s import Datastore, Outcome
 from k3sagentd.core.words import NodeId
 from tests.sim.computer import Computer
@@ -121,8 +121,10 @@ def _do(world: World, m: Computer, power: int, process: int, errand: Errand) -> 
         found = view(world, cluster)
     outcome = Outcome.DONE if reason is None else Outcome.FAILED
     result = ErrandResult(errand=errand, outcome=outcome, reason=reason, view=found)
+    m.seen = m.facts()
     if m.process == process:
         world.tell(m, f"{errand.describe()}: {reason or 'done'}")
+        world.feed(m, FactsRead(now_s=m.clock(world.now_s), facts=m.seen))
         world.feed(m, ErrandEnded(now_s=m.clock(world.now_s), result=result))
 
 

@@ -17,6 +17,7 @@ from k3sagentd.errors import DataError, MachineError
 from k3sagentd.k3s import errand as errands
 from k3sagentd.k3s import kube
 from k3sagentd.k3s.errand import carry_out, read_result, take_errand, write_errand, write_result
+from k3sagentd.k3s.facts import read_facts
 from k3sagentd.k3s.kube import ConflictError, Kube
 from k3sagentd.k3s.quorum import removal_trouble
 from k3sagentd.paths import Paths
@@ -403,6 +404,8 @@ def test_an_errand_is_taken_once_and_answered(paths: Paths, api: FakeApi) -> Non
     assert result is not None
     assert (result.errand, result.outcome) == (HOLD, Outcome.DONE)
     assert not paths.errand.exists()
+    # And the machine is looked at again: K3s has data by now.
+    assert read_facts(paths) is not None
     errands.run(paths)
     assert sum(each.startswith("POST") for each in api.requests) == 1
 
