@@ -6,7 +6,7 @@ NODES   = 5
 SECONDS_IDLE = 300
 RUNS    = 100000
 MINUTES = 10
-WORKERS = 2
+WORKERS = 3
 VENV    = build/venv
 RUNTIME = python3 python3-zeroconf python3-ifaddr python3-aiohttp python3-cryptography \
           python3-systemd python3-yaml

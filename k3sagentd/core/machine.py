@@ -14,6 +14,7 @@ from k3sagentd.core import (
     guards,
     leaving,
     lifecycle,
+    peers,
     ranking,
     registration,
     roster,
@@ -44,7 +45,6 @@ from k3sagentd.core.messages import (
     Accepted,
     Cloned,
     Fetch,
-    Hello,
     Intent,
     Learned,
     LeaveAnswer,
@@ -58,26 +58,15 @@ from k3sagentd.core.messages import (
     Reject,
 )
 from k3sagentd.core.state import (
-    PEERS_LIMIT,
     REFUSED_LIMIT,
     Accepting,
     Durable,
     Node,
-    Peer,
     Preparing,
     Site,
 )
 from k3sagentd.core.turn import Turn
-from k3sagentd.core.words import NodeId, NodePhase, short
-
-FLIPS_OF_CLONES = 2
-"""A restart changes the instance once, a late answer may change it back once; clones go on."""
-AFTER_THE_SEAL = (NodePhase.JOINING, NodePhase.READY, NodePhase.FAILED)
-FETCH_S = 2.0
-"""Before a peer that knows more is asked again."""
-CLONED = (
-    "another live machine has this node's identity ({address}); run k3sagentd reset on one of them"
-)
+from k3sagentd.core.words import NodeId, NodePhase
 
 
 def new_node(site: Site, durable: Durable, now_s: float) -> Node:
@@ -113,9 +102,9 @@ def _absorb(turn: Turn, event: Event) -> None:
         case Tick():
             pass
         case HelloReceived(hello=hello):
-            _on_hello(turn, hello)
+            peers.on_hello(turn, hello)
         case PeerLost(peer=peer):
-            _on_lost(turn, peer)
+            peers.on_lost(turn, peer)
         case PeerRefused(address=address, reason=reason):
             refused = {**turn.node.refused, address: reason}
             turn.set(refused=dict(list(refused.items())[-REFUSED_LIMIT:]))
@@ -143,112 +132,6 @@ def _absorb(turn: Turn, event: Event) -> None:
             assert_never(event)
 
 
-# --- peers ----------------------------------------------------------------------------------
-
-
-def _on_hello(turn: Turn, hello: Hello) -> None:
-    node = turn.node
-    if hello.node == node.id:
-        if hello.instance != node.site.instance:
-            _mute(turn, CLONED.format(address=hello.address or "address unknown"))
-        return
-    before = node.peers.get(hello.node)
-    if before is None:
-        if len(node.peers) >= PEERS_LIMIT and not _make_room(turn):
-            return
-        node = turn.node
-        peer = Peer(hello=hello, up=True, heard_s=turn.now_s)
-    else:
-        older = hello.instance == before.hello.instance and (hello.revision < before.hello.revision)
-        peer = replace(
-            before,
-            up=True,
-            heard_s=_heard_s(before, turn.now_s),
-            hello=before.hello if older else hello,
-        )
-        if hello.instance != before.hello.instance:
-            back = hello.instance == before.earlier_instance
-            flips = before.flips + 1 if back else 0
-            peer = replace(peer, earlier_instance=before.hello.instance, flips=flips)
-            if flips >= FLIPS_OF_CLONES:
-                turn.send(hello.node, Cloned(address=before.hello.address))
-    news = before is None or not before.up
-    refused = {a: r for a, r in node.refused.items() if a != hello.address}
-    turn.set(
-        peers={**node.peers, hello.node: peer},
-        last_new_s=turn.now_s if news else node.last_new_s,
-        refused=refused if len(refused) != len(node.refused) else node.refused,
-    )
-    if news:
-        turn.report(
-            f"sees {turn.node.name_of(hello.node)} ({short(hello.node)}) at {hello.address}: "
-            f"{_here(turn.node)}"
-        )
-
-
-def _make_room(turn: Turn) -> bool:
-    """Forget who was not heard for longest and is no server; False where all are here."""
-    peers, servers = turn.node.peers, roster.members(turn.node)
-    gone = [p for p in peers.values() if not p.up and p.hello.node not in servers]
-    if not gone:
-        return False
-    oldest = min(gone, key=lambda peer: peer.lost_s).hello.node
-    turn.set(peers={each: peer for each, peer in peers.items() if each != oldest})
-    return True
-
-
-def _heard_s(peer: Peer, now_s: float) -> float:
-    """Who may not vote cannot seal either: hearing it does not keep its epoch alive."""
-    return now_s if peer.hello.may_vote else peer.heard_s
-
-
-def _on_lost(turn: Turn, peer_id: NodeId) -> None:
-    peer = turn.node.peers.get(peer_id)
-    if peer is None or not peer.up:
-        return
-    peer = replace(peer, up=False, heard_s=_heard_s(peer, turn.now_s), lost_s=turn.now_s)
-    turn.set(peers={**turn.node.peers, peer_id: peer})
-    turn.report(f"lost {turn.node.name_of(peer_id)} ({short(peer_id)}): {_here(turn.node)}")
-
-
-def _here(node: Node) -> str:
-    """How many machines are here; ``nodes`` is how many elect, and means nothing after that."""
-    whole = f" of {node.nodes}" if node.seal is None else ""
-    return f"{node.seen}{whole} machines here"
-
-
-def _catch_up(turn: Turn) -> None:
-    """Ask a peer that knows more entries for them."""
-    node = turn.node
-    for hello in node.ahead:
-        peer = node.peers[hello.node]
-        if has_news(node, hello) and turn.now_s >= peer.fetch_s + FETCH_S:
-            turn.set(peers={**node.peers, hello.node: replace(peer, fetch_s=turn.now_s)})
-            newer = hello.generation > node.generation
-            first = 0 if newer else len(node.log)
-            generation = hello.generation if newer else node.generation
-            turn.send(hello.node, Fetch(first=first, generation=generation))
-            return
-
-
-def has_news(node: Node, hello: Hello) -> bool:
-    """Whether a peer has entries that we would take: those of our count, or a sealed log."""
-    if hello.generation != node.generation:
-        newer = hello.generation > node.generation and hello.log_length > 0
-        return newer and not guards.holds_data(node)
-    if hello.log_length <= len(node.log):
-        return False
-    return hello.generation.number > 0 or hello.nodes == node.nodes or hello.phase in AFTER_THE_SEAL
-
-
-def _mute(turn: Turn, reason: str) -> None:
-    """Never vote again under this identity; what is durable says so too."""
-    if turn.node.durable.muted is None:
-        turn.persist(muted=reason)
-        turn.set(proposal=None)
-        turn.report(reason)
-
-
 # --- messages -------------------------------------------------------------------------------
 
 
@@ -256,7 +139,7 @@ def _on_message(turn: Turn, sender: NodeId, message: Message) -> None:
     node = turn.node
     peer = node.peers.get(sender)
     if peer is not None and not peer.up:
-        peer = replace(peer, heard_s=_heard_s(peer, turn.now_s), lost_s=turn.now_s)
+        peer = replace(peer, heard_s=peers.heard_s(peer, turn.now_s), lost_s=turn.now_s)
         turn.set(peers={**node.peers, sender: peer})
     match message:
         case Prepare():
@@ -276,7 +159,7 @@ def _on_message(turn: Turn, sender: NodeId, message: Message) -> None:
             if first < len(node.log):
                 turn.send(sender, election.chosen_from(node, first))
         case Cloned(address=address):
-            _mute(turn, CLONED.format(address=address or "address unknown"))
+            peers.mute(turn, peers.CLONED.format(address=address or "address unknown"))
         case RegistrationRequest():
             answer = steward.answer_joiner(turn, sender, message)
             if answer is not None:
@@ -298,7 +181,7 @@ def _on_message(turn: Turn, sender: NodeId, message: Message) -> None:
 
 def _campaign(turn: Turn) -> None:
     """Go on with our ballot, or open one when it is our turn."""
-    _catch_up(turn)
+    peers.catch_up(turn)
     if turn.node.generation.number:
         _decide_alone(turn)
         return
@@ -424,6 +307,4 @@ def _deadlines(node: Node) -> Iterator[float]:
     yield from leaving.deadlines(node)
     if node.phase is NodePhase.INITIALISING and node.drive.first_order_s is not None:
         yield node.drive.first_order_s + node.site.abandon_after_s
-    for hello in node.ahead:
-        if has_news(node, hello):
-            yield node.peers[hello.node].fetch_s + FETCH_S
+    yield from peers.deadlines(node)

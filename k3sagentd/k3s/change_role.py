@@ -88,7 +88,15 @@ def change(work: Work) -> Iterator[str]:
         else:
             yield "move the server's data aside"
             _put_server_aside(work.paths.k3s_data)
+    elif work.order.action is Action.STEP_DOWN and _is_entering(work):
+        yield "stop K3s, which was about to join as a server"
+        work.install.stop()
     _restore_images(work.paths.k3s_data)
+
+
+def _is_entering(work: Work) -> bool:
+    """Whether K3s runs and has no data yet: the roster changed while it joined."""
+    return datastore(work.paths.k3s_data) is Datastore.NONE and work.install.running()
 
 
 def _put_agent_aside(data: Path) -> None:

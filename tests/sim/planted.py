@@ -149,8 +149,8 @@ FAULTS = (
         50,
         (
             f"{CORE}.drive:_remember",
-            "turn.persist(node_name=name, started_epoch=epoch, started_generation=generation)",
-            "turn.persist(node_name=name)",
+            "node_name=name, started_epoch=epoch, started_generation=generation, starts=starts",
+            "node_name=name, starts=starts",
         ),
     ),
     # --- the acceptor
@@ -331,8 +331,8 @@ FAULTS = (
     _plant(
         "does not notice its clone",
         500,
-        (f"{CORE}.machine:_on_hello", "if hello.instance != node.site.instance:", NEVER),
-        (f"{CORE}.machine:_on_hello", "if flips >= FLIPS_OF_CLONES:", NEVER),
+        (f"{CORE}.peers:on_hello", "if hello.instance != node.site.instance:", NEVER),
+        (f"{CORE}.peers:on_hello", "if flips >= FLIPS_OF_CLONES:", NEVER),
     ),
     # --- after the seal
     _plant(
@@ -356,7 +356,7 @@ FAULTS = (
         "takes an old hello for a new one",
         500,
         (
-            f"{CORE}.machine:_on_hello",
+            f"{CORE}.peers:on_hello",
             "older = hello.instance == before.hello.instance and",
             "older = False and",
         ),

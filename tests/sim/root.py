@@ -196,6 +196,9 @@ def _join(world: World, m: Computer, order: Order) -> Verdict:
 def _step_down(world: World, m: Computer, order: Order) -> Verdict:
     k3s = m.k3s
     if k3s.store is not Datastore.ETCD:
+        if k3s.store is Datastore.NONE:
+            k3s.running = k3s.ready = k3s.enabled = False
+            k3s.joining = None
         return DONE
     if k3s.cluster != order.ca_hash:
         return Outcome.FAILED_FOR_GOOD, "the data of another cluster"

@@ -58,6 +58,14 @@ def test_an_agent_becomes_a_server_and_keeps_images_and_password(m: Machine) -> 
     assert m.paths.k3s_token.read_text() == f"K10{HASH}::server:{TOKEN}\n"
 
 
+def test_a_server_that_has_not_joined_yet_is_stopped_as_well(m: Machine) -> None:
+    """Its member was removed while it was off; it joined anew when it heard of the new roster."""
+    m.ours(SERVER, **{"node-ip": "10.0.0.6"})
+    step_down = replace(JOIN_AGENT, action=Action.STEP_DOWN)
+    m.does(step_down, "stop")
+    m.does(step_down)
+
+
 def test_a_demoted_init_node_is_an_agent_like_any_other(m: Machine) -> None:
     m.put(*AS_SERVER, WAL)
     (m.paths.k3s_data / MARKER).write_text(json.dumps({"epoch": 0}))
