@@ -186,8 +186,15 @@ def join_barrier(node: Node) -> str | None:
     unprepared = [f for f in founders if f != node.id and not _prepared(heard.get(f))]
     if unprepared:
         return f"{_names(node, unprepared)} to be prepared (servers join when all are)"
+    if node.now_s >= barrier_until_s(node):
+        return None  # its K3s is broken, which must not keep the others few
     unready = [f for f in founders[:turn] if heard[f].server_url is None]
     return f"server {_names(node, unready[:1])} to be ready first" if unready else None
+
+
+def barrier_until_s(node: Node) -> float:
+    """Until when a server that is prepared waits for those before it to be ready."""
+    return node.drive.ordered_s + node.site.replace_after_s
 
 
 def _prepared(hello: Hello | None) -> bool:

@@ -303,6 +303,7 @@ def _deadlines(node: Node) -> Iterator[float]:
         yield registration.due_s(node)
         yield node.drive.ordered_s + drive.KEPT_OUT_S
         yield drive.down_due_s(node)
+        yield drive.barrier_until_s(node)
     yield from steward.deadlines(node)
     yield from leaving.deadlines(node)
     if node.phase is NodePhase.INITIALISING and node.drive.first_order_s is not None:

@@ -248,6 +248,16 @@ def test_who_was_not_heard_for_longest_makes_room() -> None:
     assert NodeId("x0") not in peers
 
 
+def test_a_server_that_never_gets_ready_does_not_keep_the_others_few() -> None:
+    until_b = THREE_SERVERS.partition("probed b")[0]
+    wire = play(until_b + "go 290s")
+    c = wire.machines["c"]
+    assert said(wire, "c") == "server b to be ready first"
+    play("go 30s", wire)
+    assert c.order is not None
+    assert c.order.action is Action.JOIN
+
+
 @pytest.mark.parametrize("name", ["b", "c"])
 def test_probes_count_for_what_is_on_the_disk(name: str) -> None:
     wire = play(THREE_SERVERS)
