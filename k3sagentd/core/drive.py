@@ -441,6 +441,8 @@ def on_seen(turn: Turn, **seen: Facts | K3sState) -> None:
     if order.role is ServerOrAgent.AGENT and state.ca_hash is None:
         turn.set(facts=replace(facts, datastore=Datastore.AGENT))
     elif order.role is ServerOrAgent.SERVER and state.ca_hash is not None:
+        if order.action is Action.INIT:  # root marked it before K3s began
+            facts = replace(facts, origin=order.epoch, origin_generation=order.generation)
         turn.set(facts=replace(facts, datastore=Datastore.ETCD, ca_hash=state.ca_hash))
 
 
