@@ -20,7 +20,7 @@ from k3sagentd import keys, membership, site_token
 from k3sagentd.config import Config, load_config
 from k3sagentd.core.k3s import Datastore
 from k3sagentd.errors import K3sagentdError, MachineError
-from k3sagentd.files import wipe, write_atomically
+from k3sagentd.files import finish_wipe, wipe, write_atomically
 from k3sagentd.identity import node_id_in
 from k3sagentd.k3s.credentials import HEALTHZ, HEALTHZ_TIMEOUT_S
 from k3sagentd.k3s.data import datastore
@@ -38,10 +38,15 @@ KEEPERS_LIMIT_BYTES = 64 * 1024
 
 
 def forget(paths: Paths) -> None:
-    """Carry out the daemon's request, if there is one; the answer is empty once it is done."""
+    """Carry out the daemon's request, if there is one; the answer is empty once it is done.
+
+    What a wipe that was cut off left of a token goes in any case: who has no token asks no more.
+    """
     try:
         paths.forget.unlink()
     except FileNotFoundError:
+        with contextlib.suppress(K3sagentdError, OSError):
+            _finish_wipes(load_config(paths))
         return
     try:
         config = load_config(paths)
@@ -53,11 +58,18 @@ def forget(paths: Paths) -> None:
     write_atomically(paths.forget_result, reason.encode(), durable=False)
 
 
+def _finish_wipes(config: Config) -> None:
+    for each in site_token.files(config.token_file):
+        if finish_wipe(each):
+            log.warning("%s: its wipe, which was cut off, is finished", each)
+
+
 def _forget(config: Config, paths: Paths, install: Method) -> None:
+    _finish_wipes(config)
     if not config.forget_token:
         raise MachineError("forget-token is not set")
     _check_agent(paths, install)
-    files = _files(config.token_file)
+    files = [each for each in site_token.files(config.token_file) if each.exists()]
     if not files:
         return
     tokens = site_token.load_all(config.token_file)
@@ -73,11 +85,6 @@ def _forget(config: Config, paths: Paths, install: Method) -> None:
     for file in files:
         wipe(file)
     log.warning("the token of site %s is wiped from this machine", derived.site_id)
-
-
-def _files(token_file: Path) -> list[Path]:
-    beside = (site_token.next_path(token_file), site_token.previous_path(token_file))
-    return [each for each in (*beside, token_file) if each.exists()]
 
 
 def _check_agent(paths: Paths, install: Method) -> None:

@@ -3,6 +3,7 @@
 
 import asyncio
 import http.server
+import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -104,6 +105,61 @@ def test_the_token_is_overwritten_and_a_note_is_left(paths: Paths) -> None:
     everything = [each for each in paths.root.rglob("*") if each.is_file()]
     assert not [each for each in everything if TOKEN in each.read_bytes()]
     assert ask(paths) == "", "a second time is as good"
+
+
+class Killed(BaseException):
+    """The power went."""
+
+
+def kill_at(monkeypatch: pytest.MonkeyPatch, instant: int) -> None:
+    """The change of the disk with this number does not happen."""
+    left = [instant]
+
+    def stopping(real: Callable) -> Callable:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if left[0] == 0:
+                raise Killed
+            left[0] -= 1
+            return real(*args, **kwargs)
+
+        return call
+
+    for owner, name in ((Path, "rename"), (Path, "unlink"), (os, "open"), (os, "fsync")):
+        monkeypatch.setattr(owner, name, stopping(getattr(owner, name)))
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_killed_at_any_instant_it_starts_again_and_the_token_goes(
+    paths: Paths, monkeypatch: pytest.MonkeyPatch, asked: bool
+) -> None:
+    """Asked again, or, as who has no token does not ask, with the next order."""
+    instant, killed = 0, True
+    while killed:
+        put(paths.token, TOKEN)
+        paths.token_forgotten.unlink(missing_ok=True)
+        paths.forget.touch()
+        with monkeypatch.context() as patch:
+            kill_at(patch, instant)
+            try:
+                forget.forget(paths)
+                killed = False
+            except Killed:
+                pass
+        found = site_token.load_unless_forgotten(paths.token, paths.token_forgotten)
+        assert found in (None, Tokens(TOKEN)), f"at instant {instant}"
+        if asked:
+            assert ask(paths) == ""
+        elif found is None:
+            paths.forget.unlink(missing_ok=True)
+            forget.forget(paths)
+        if asked or found is None:
+            everything = [each for each in paths.root.rglob("*") if each.is_file()]
+            assert not [each for each in everything if TOKEN in each.read_bytes()]
+            assert {each.name for each in paths.config.parent.glob(".*")} <= {
+                ".token.forgotten.new"
+            }
+        instant += 1
+    assert instant > 10, "nothing was ever killed"
 
 
 def no_request(paths: Paths) -> None:
