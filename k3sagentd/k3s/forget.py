@@ -9,10 +9,10 @@ its owner wanted to be wiped, from an agent whose K3s runs.
 from __future__ import annotations
 
 import contextlib
+import http.client
 import logging
 import time
 import urllib.error
-import urllib.request
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from k3sagentd.identity import node_id_in
 from k3sagentd.k3s.credentials import HEALTHZ, HEALTHZ_TIMEOUT_S
 from k3sagentd.k3s.data import datastore
 from k3sagentd.k3s.install import Method, method
+from k3sagentd.k3s.trust import no_http, straight
 from k3sagentd.paths import Paths
 
 log = logging.getLogger(__name__)
@@ -95,10 +96,12 @@ def _check_agent(paths: Paths, install: Method) -> None:
     if not install.running():
         raise MachineError("K3s does not run here")
     try:
-        with urllib.request.urlopen(HEALTHZ, timeout=HEALTHZ_TIMEOUT_S) as response:  # noqa: S310
+        with straight().open(HEALTHZ, timeout=HEALTHZ_TIMEOUT_S) as response:
             status = response.status
     except (urllib.error.URLError, OSError) as error:
         raise MachineError(f"the kubelet does not answer: {error}") from error
+    except http.client.HTTPException as error:
+        raise MachineError(f"the kubelet ({HEALTHZ}): {no_http(error)}") from error
     if status != 200:
         raise MachineError(f"the kubelet answers {status}")
 

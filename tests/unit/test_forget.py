@@ -5,6 +5,7 @@ import asyncio
 import http.server
 import os
 import threading
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -240,6 +241,13 @@ def test_k3s_must_run_and_be_well(paths: Paths, kubelet: dict[str, int], monkeyp
     monkeypatch.setattr("k3sagentd.k3s.supervise.running", lambda _: False)
     assert "K3s does not run here" in ask(paths)
     assert paths.token.exists()
+
+
+def test_the_kubelet_is_asked_without_a_proxy(paths: Paths, monkeypatch) -> None:
+    monkeypatch.setattr(urllib.request, "_opener", None)  # it looks once for the environment's
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    monkeypatch.setenv("no_proxy", "127.0.0.0/8")
+    assert ask(paths) == ""
 
 
 def test_nobody_asked(paths: Paths) -> None:
