@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import itertools
 import logging
 import time
 import urllib.error
@@ -36,6 +37,9 @@ does not need it any more (forget-token, k3sagentd-config(5)). To make it a serv
 forget-token: false and put the token into {token} again.
 """
 KEEPERS_LIMIT_BYTES = 64 * 1024
+SERVERS = ("*/server*", "*/*/server*", "*/server*/*")
+"""Beside K3s's data: a server's part, also of one that became an agent (``change_role``) or whose
+data went aside, beside or inside what it was (``data.put_aside``)."""
 
 
 def forget(paths: Paths) -> None:
@@ -128,9 +132,8 @@ def _keepers(paths: Paths) -> Iterator[Path]:
     found: Iterable[Path] = directory.rglob("*") if directory.is_dir() else ()
     yield from sorted(each for each in found if each.is_file())
     yield from sorted((paths.root / "etc/systemd/system").glob("k3s*.env"))
-    for name in ("token", "cred/passwd"):
-        # Also of a server that became an agent (``change_role``), or whose data went aside.
-        yield from sorted(paths.k3s_data.parent.glob(f"*/server*/{name}"))
+    for name, place in itertools.product(("token", "cred/passwd"), SERVERS):
+        yield from sorted(paths.k3s_data.parent.glob(f"{place}/{name}"))
 
 
 def _check_kept(paths: Paths, derived: keys.SiteKeys) -> None:
