@@ -29,6 +29,8 @@ _LABEL = r"[0-9A-Za-z](?:[0-9A-Za-z-]{0,61}[0-9A-Za-z])?"
 HOST = re.compile(rf"{_LABEL}(?:\.{_LABEL})*")
 """Labels of RFC 1123, section 2.1; an IPv4 address has that form as well."""
 HOST_LIMIT = 253
+LOGIN = re.compile(r"//[^/@]*@")
+"""In a URL (RFC 3986, section 3.2.1)."""
 PREFLIGHT = ("foreign", "cgroup", "memory", "disk", "ports", "clock")
 """What is looked at before K3s is installed (``k3s/preflight.py``)."""
 OURS = {
@@ -97,6 +99,8 @@ class Setting:
     key: str
     parse: Callable[[Any], Any]
     field: str
+    quoted: bool = True
+    """False: no message shows the value, which may have a secret in it, if only by mistake."""
 
 
 def load_config(paths: Paths) -> Config:
@@ -139,9 +143,22 @@ def _read(merged: Merged, settings: tuple[Setting, ...], prefix: str) -> dict[st
         try:
             values[setting.field] = setting.parse(value)
         except ValueError as error:
-            shown = repr(value) if isinstance(value, str) else str(value)
-            raise ConfigError(f"{file}: {prefix}{key} is {shown:.80}; allowed: {error}") from None
+            found = _shown(value) if setting.quoted else _kind(value)
+            raise ConfigError(f"{file}: {prefix}{key} is {found}; allowed: {error}") from None
     return values
+
+
+def _shown(value: Any) -> str:
+    """As people read it; but no mapping, which may hold anything, and no login of a URL."""
+    if isinstance(value, dict):
+        return _kind(value)
+    shown = repr(value) if isinstance(value, str) else str(value)
+    return f"{LOGIN.sub('//…@', shown):.80}"
+
+
+def _kind(value: Any) -> str:
+    names = ((dict, "a mapping"), (list, "a list"), (str, "a text"))
+    return next((name for kind, name in names if isinstance(value, kind)), "no text")
 
 
 # --- parsers --------------------------------------------------------------------------------
@@ -279,12 +296,16 @@ def _k3s(value: Any) -> dict[str, Any]:
         if plain in OURS:
             raise ValueError(f"any K3s option but {plain} ({OURS[plain]})")
         if not re.fullmatch(r"[a-z0-9-]+\+?", str(key)):
-            raise ValueError(f"K3s options in kebab-case; {key!r} is none")
+            begin = re.split(r"[^\w-]", str(key))[0]  # the rest may be its value
+            raise ValueError(
+                "K3s options in kebab-case, each with a colon and a space behind it; "
+                f"{begin!r} is none"
+            )
     return dict(value)
 
 
 SETTINGS = (
-    Setting("token-file", _path, "token_file"),
+    Setting("token-file", _path, "token_file", quoted=False),
     Setting("nodes", _integer(1, NODES_LIMIT), "nodes"),
     Setting("servers", _odd, "servers"),
     Setting("role", _role, "role"),
@@ -302,7 +323,7 @@ SETTINGS = (
     Setting("allow-reboot", _bool, "allow_reboot"),
     Setting("ignore-preflight", _checks, "ignore_preflight"),
     Setting("install", _mapping, "install"),
-    Setting("k3s", _k3s, "k3s"),
+    Setting("k3s", _k3s, "k3s", quoted=False),
 )
 INSTALL_SETTINGS = (
     Setting("method", _choice("script", "exec"), "method"),

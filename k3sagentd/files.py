@@ -7,6 +7,7 @@ Owns how bytes reach the disk. Knows nothing of what they mean.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from pathlib import Path
 
@@ -47,14 +48,69 @@ def write_atomically(path: Path, data: bytes, *, mode: int = 0o644, durable: boo
         fsync_directory(path.parent)
 
 
-def wipe(path: Path) -> None:
-    """Overwrite and remove; a card's own copies of old blocks are beyond us. Raises OSError."""
-    with path.open("r+b") as file:
-        file.write(b"\0" * os.fstat(file.fileno()).st_size)
-        file.flush()
-        os.fsync(file.fileno())
-    path.unlink()
+def write_new(path: Path, data: bytes, *, mode: int = 0o600) -> None:
+    """Make ``path``, which must not be there, with ``data``, whole or not at all; durable.
+
+    Raises FileExistsError where something is there, which stays as it is, and OSError.
+    """
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.unlink(missing_ok=True)
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    try:
+        with os.fdopen(fd, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        _name(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
     fsync_directory(path.parent)
+
+
+def _name(temporary: Path, path: Path) -> None:
+    """Give the file the name ``path``; a link fails where a rename would replace."""
+    try:
+        os.link(temporary, path)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP):
+            raise
+        # FAT, which a Pi's boot partition has, knows no links.
+        if os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+        temporary.rename(path)
+
+
+def wipe(path: Path) -> None:
+    """Overwrite and remove; a card's own copies of old blocks are beyond us. Raises OSError.
+
+    It goes to a hidden name first, for good: at no instant, whatever is cut off, does ``path``
+    have anything but what it had. ``finish_wipe`` ends what was cut off.
+    """
+    finish_wipe(path)
+    path.rename(wiping_path(path))
+    fsync_directory(path.parent)
+    finish_wipe(path)
+
+
+def wiping_path(path: Path) -> Path:
+    """Where ``path`` is while it is wiped."""
+    return path.with_name(f".{path.name}.wiped")
+
+
+def finish_wipe(path: Path) -> bool:
+    """End a ``wipe`` of ``path`` that was cut off; whether there was one. Raises OSError."""
+    hidden = wiping_path(path)
+    try:
+        fd = os.open(hidden, os.O_WRONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    with os.fdopen(fd, "wb") as file:
+        file.write(b"\0" * os.fstat(fd).st_size)
+        file.flush()
+        os.fsync(fd)
+    hidden.unlink(missing_ok=True)  # somebody else may have finished it meanwhile
+    fsync_directory(path.parent)
+    return True
 
 
 def read_bounded(path: Path, limit_bytes: int) -> bytes:

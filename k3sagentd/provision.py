@@ -19,7 +19,7 @@ from pathlib import Path
 from k3sagentd import site_token
 from k3sagentd.config import load_config
 from k3sagentd.errors import ConfigError
-from k3sagentd.files import read_bounded, wipe, write_atomically
+from k3sagentd.files import finish_wipe, read_bounded, wipe, wiping_path, write_atomically
 from k3sagentd.paths import Paths
 from k3sagentd.yaml_files import files_of
 
@@ -40,13 +40,27 @@ class Source:
 
 
 def provision(paths: Paths, credentials: Path | None) -> None:
-    """Take what is missing from the first source that has it; what is bad there is said."""
+    """Take what is missing from the first source that has it; what is bad there is said.
+
+    A wipe that a power cut ended is finished first, there and here.
+    """
+    _finish_wipes(paths)
     for source in _sources(paths, credentials):
         notes = list(_take(paths, source))
         for note in notes:
             log.info("%s", note)
         if source.boot and notes:
             _leave_note(source.token.parent, notes)
+
+
+def _finish_wipes(paths: Paths) -> None:
+    cards = [directory / TOKEN for directory in paths.boot_partitions]
+    for path in (*site_token.files(paths.token), *cards):
+        try:
+            if finish_wipe(path):
+                log.info("%s was overwritten and removed", path)
+        except OSError as error:
+            log.warning("%s: %s", wiping_path(path), error.strerror)
 
 
 def _sources(paths: Paths, credentials: Path | None) -> Iterator[Source]:
@@ -93,7 +107,9 @@ def _take(paths: Paths, source: Source) -> Iterator[str]:
     elif _wipe(source.token):
         yield f"{source.token} was overwritten and removed: anybody with the card could read it"
     else:
-        yield f"{source.token} could not be removed; anybody with the card can read it: remove it"
+        hidden = wiping_path(source.token)
+        left = hidden if hidden.exists() else source.token
+        yield f"{left} could not be removed; anybody with the card can read it: remove it"
 
 
 def _misnamed(directory: Path) -> Iterator[str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from k3sagentd import site_token, store
 from k3sagentd.core.log import seal_of
 from k3sagentd.errors import ConfigError, DataError, UsageError
-from k3sagentd.files import fsync_directory, read_bounded, wipe, write_atomically
+from k3sagentd.files import finish_wipe, fsync_directory, read_bounded, wipe, write_atomically
 from k3sagentd.identity import node_id_in
 from k3sagentd.paths import Paths
 from k3sagentd.site_token import next_path, previous_path
@@ -83,10 +83,16 @@ def rotate(paths: Paths, token_file: Path) -> str:
 
 
 def forget_previous(paths: Paths, token_file: Path) -> str:
-    """Take the old token no more; returns what to do then. Raises ConfigError, UsageError."""
+    """Take the old token no more; returns what to do then. Raises ConfigError, UsageError.
+
+    Given again after a kill it goes on where it was.
+    """
     previous = previous_path(token_file)
+    finished = finish_wipe(previous)
     tokens = site_token.load_all(token_file)
     if tokens.previous is None:
+        if finished:
+            return FORGOTTEN.format(previous=previous)
         return f"{previous}: is not there; nothing to forget"
     for file in (paths.k3s_own_token, paths.k3s_token):
         if tokens.previous != tokens.shown and _has(file, tokens.previous):

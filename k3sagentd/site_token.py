@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from k3sagentd.errors import ConfigError
+from k3sagentd.files import write_new
 
 ENTROPY_MINIMUM_BITS = 128
 SIZE_LIMIT_BYTES = 4096
@@ -60,16 +61,24 @@ def previous_path(token_file: Path) -> Path:
     return token_file.with_name(f"{token_file.name}.previous")
 
 
+def files(token_file: Path) -> tuple[Path, ...]:
+    """Every file that may have a token; the one that is shown is the last."""
+    return next_path(token_file), previous_path(token_file), token_file
+
+
 def generate() -> str:
     """A fresh token of 256 bits in hex."""
     return secrets.token_hex(TOKEN_BYTES)
 
 
 def create(path: Path) -> None:
-    """Write a fresh token to ``path``, readable by its owner alone; never overwrites."""
+    """Write a fresh token to ``path``, readable by its owner alone; never overwrites.
+
+    Whole or not at all: half a token would keep the daemon off. Raises ConfigError.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+        write_new(path, f"{generate()}\n".encode())
     except FileExistsError:
         raise ConfigError(
             f"{path}: a token is here already; every machine of the site must have the same one, "
@@ -77,10 +86,6 @@ def create(path: Path) -> None:
         ) from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written: {error.strerror}") from error
-    with os.fdopen(fd, "w") as file:
-        file.write(generate() + "\n")
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def load(path: Path) -> bytes:

@@ -7,6 +7,7 @@ appends to a list. Each value remembers its file.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,10 @@ SIZE_LIMIT_BYTES = 1024 * 1024
 SUFFIXES = (".yaml", ".yml")
 """Of drop-ins; the conditions of ``k3sagentd.service`` name the same."""
 
+QUOTES = re.compile(r"(undefined alias|constructor for the tag|undefined tag handle) .*", re.DOTALL)
+"""Where PyYAML's messages repeat what stands in the file: a secret that begins with ``*`` or ``!``
+and is not in quotes."""
+
 
 class _Loader(yaml.SafeLoader):
     """Refuses a key that stands twice: PyYAML keeps the last, and nobody sees it."""
@@ -31,7 +36,7 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
         key = loader.construct_object(key_node)
         if not isinstance(key, str):
             raise yaml.constructor.ConstructorError(
-                None, None, f"key {key!r} is no text", key_node.start_mark
+                None, None, "a key is no text", key_node.start_mark
             )
         if key in seen:
             raise yaml.constructor.ConstructorError(
@@ -101,11 +106,18 @@ def load(file: Path) -> dict[str, Any]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         line = f" in line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{file}: {error.problem}{line}; allowed: valid YAML") from error
+        problem = QUOTES.sub(r"\1", str(error.problem))
+        raise ConfigError(f"{file}: {problem}{line}; allowed: valid YAML") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: not YAML ({error})") from error
     except OSError as error:
         raise ConfigError(f"{file}: cannot be read: {error.strerror}") from error
+    except (ValueError, LookupError, AttributeError):
+        # PyYAML's own, for a date or number that is none; it would show the value.
+        raise ConfigError(
+            f"{file}: a value has the form of a date or a number and is none; allowed: valid YAML; "
+            "put it in quotes"
+        ) from None
     if data is None:
         return {}
     if not isinstance(data, dict):

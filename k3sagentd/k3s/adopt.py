@@ -19,7 +19,7 @@ from typing import Any
 from k3sagentd.core.k3s import Action, Datastore, ServerOrAgent
 from k3sagentd.errors import ConfigError, HopelessError
 from k3sagentd.files import read_bounded
-from k3sagentd.k3s import credentials, dropin
+from k3sagentd.k3s import credentials, dropin, flags
 from k3sagentd.k3s.convert import check as check_conversion
 from k3sagentd.k3s.convert import convert
 from k3sagentd.k3s.data import datastore, write
@@ -80,8 +80,9 @@ def _say(work: Work, words: dict[str, Any]) -> None:
         if heard.get(key) != value:
             paths.dropin.unlink()
             raise ConfigError(
-                f"{key} is {heard.get(key)!r} for K3s on this machine, whatever {paths.dropin} "
-                f"says; allowed: {value!r}; remove it in its unit or in the later drop-in"
+                f"{key} is {flags.shown(key, heard.get(key))} for K3s on this machine, whatever "
+                f"{paths.dropin} says; allowed: {value!r}; remove it in its unit or in the later "
+                "drop-in"
             )
 
 

@@ -15,6 +15,7 @@ from k3sagentd.core.k3s import Action, Datastore, ServerOrAgent
 from k3sagentd.errors import HopelessError, MachineError
 from k3sagentd.k3s.data import AGENT, MARKER, ca_hash, datastore, move, put_aside
 from k3sagentd.k3s.kube import Kube
+from k3sagentd.k3s.mounts import mount_points
 from k3sagentd.k3s.ownership import is_adopted
 from k3sagentd.k3s.quorum import quorum
 from k3sagentd.k3s.work import Work
@@ -101,6 +102,9 @@ def _is_entering(work: Work) -> bool:
 
 def _put_agent_aside(data: Path) -> None:
     """All of it but the images: a server's agent part is made anew, with the server's own CA."""
+    if mount_points(data / "agent"):  # then all of it stays on that disk
+        put_aside(data / "agent", "agent.before-server", keep=(Path(IMAGES).name,))
+        return
     images, kept = data / IMAGES, data / KEPT_IMAGES
     if images.exists() and not kept.exists():
         move(images, kept)
@@ -124,5 +128,8 @@ def _put_server_aside(data: Path) -> None:
     if (data / AGENT).exists():
         put_aside(data / AGENT, "client-kubelet.crt.before-agent")
     if (data / MARKER).exists():
-        move(data / MARKER, data / "server" / MARKER)
+        if mount_points(data / "server"):  # it may be another disk
+            put_aside(data / MARKER, f"{MARKER}.before-agent")
+        else:
+            move(data / MARKER, data / "server" / MARKER)
     put_aside(data / "server", "server.before-agent")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import functools
+import http.client
 import logging
 import random
 import ssl
@@ -28,7 +29,7 @@ from k3sagentd.errors import HopelessError, MachineError
 from k3sagentd.files import read_bounded
 from k3sagentd.k3s.ca import hash_of_cacerts
 from k3sagentd.k3s.data import datastore
-from k3sagentd.k3s.trust import insecure, trusting
+from k3sagentd.k3s.trust import insecure, no_http, straight, trusting
 from k3sagentd.paths import Paths
 from k3sagentd.site_token import Tokens
 
@@ -87,12 +88,14 @@ def is_stuck(role: ServerOrAgent) -> bool:
     if role is ServerOrAgent.SERVER:
         return False
     try:
-        with urllib.request.urlopen(HEALTHZ, timeout=HEALTHZ_TIMEOUT_S):
+        with straight().open(HEALTHZ, timeout=HEALTHZ_TIMEOUT_S):
             return False
     except urllib.error.HTTPError:
         return False
     except (urllib.error.URLError, OSError):
         return True
+    except http.client.HTTPException:
+        return False  # somebody answers there, with whatever
 
 
 # --- each role ------------------------------------------------------------------------------
@@ -255,42 +258,30 @@ def takes(url: str, context: ssl.SSLContext, user: str, password: str) -> bool:
 
 def _status(request: urllib.request.Request, context: ssl.SSLContext) -> int:
     try:
-        with _opener(context).open(request, timeout=TIMEOUT_S) as response:
+        with straight(context).open(request, timeout=TIMEOUT_S) as response:
             status: int = response.status
     except urllib.error.HTTPError as error:
         return error.code
     except (urllib.error.URLError, OSError) as error:
         reason = getattr(error, "reason", error)
         raise MachineError(f"{request.host} cannot be asked: {reason}") from error
+    except http.client.HTTPException as error:
+        raise MachineError(f"{request.full_url}: {no_http(error)}") from error
     return status
 
 
 def _trusting(url: str, ca_hash: str) -> ssl.SSLContext:
     """Trusts the CA of the cluster alone, which is fetched and known by its hash."""
     try:
-        with _opener(insecure()).open(f"{url}/cacerts", timeout=TIMEOUT_S) as response:
+        with straight(insecure()).open(f"{url}/cacerts", timeout=TIMEOUT_S) as response:
             body = response.read(CACERTS_LIMIT_BYTES)
     except (urllib.error.URLError, OSError) as error:
         raise MachineError(f"{url} cannot be reached: {getattr(error, 'reason', error)}") from error
+    except http.client.HTTPException as error:
+        raise MachineError(f"{url}/cacerts: {no_http(error)}") from error
     if (found := hash_of_cacerts(body)) != ca_hash:
         raise MachineError(f"{url} has CA {found}, but the site's is {ca_hash}")
     try:
         return trusting(body)
     except (ssl.SSLError, ValueError) as error:
         raise MachineError(f"{url}/cacerts cannot be trusted: {error}") from error
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A token goes where it was meant to go."""
-
-    def redirect_request(self, *_: object) -> None:
-        """None: the redirection is an answer like any other."""
-
-
-def _opener(context: ssl.SSLContext) -> urllib.request.OpenerDirector:
-    """Straight to the server: neither proxies nor redirections see a token."""
-    return urllib.request.build_opener(
-        urllib.request.ProxyHandler({}),
-        urllib.request.HTTPSHandler(context=context),
-        _NoRedirect(),
-    )

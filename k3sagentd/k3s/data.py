@@ -10,12 +10,15 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from k3sagentd.core.k3s import Datastore
 from k3sagentd.files import fsync_directory, read_bounded, write_atomically
 from k3sagentd.k3s.ca import hash_of_cacerts
+from k3sagentd.k3s.mounts import mount_points
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +32,14 @@ by joining, or, where the server that it was told of does not answer, as a clust
 the old CA. So where K3s is ours it does not start while that is there."""
 AGENT = "agent/client-kubelet.crt"
 CA_LIMIT_BYTES = 256 * 1024
+LAST = ("agent", "server", MARKER, "db", "tls", Path(AGENT).name, "server-ca.crt", TOMBSTONE)
+"""Of what is moved piece by piece: that by which the data is known goes last, in this order.
+
+Of K3s's whole directory the marker, without which the rest would be somebody's that was there
+before us; before it the server's part, which makes it a server's. Of the server's part etcd, of the
+agent's the kubelet's certificate, of etcd's the tombstone. The CA stays as long: without it the
+data would be that of an unknown cluster.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,13 +98,56 @@ def ca_hash(data: Path) -> str | None:
     return None
 
 
-def put_aside(path: Path, name: str) -> Path:
-    """Rename ``path`` to ``name`` beside it, or ``name-2`` and so on; durable when it returns."""
+def put_aside(path: Path, name: str, *, keep: tuple[str, ...] = ()) -> Path:
+    """Rename ``path`` to ``name`` beside it, or ``name-2`` and so on; durable when it returns.
+
+    ``name`` begins with that of ``path`` and a dot. A mount point cannot be renamed, and a disk
+    that is mounted below would come back at the next boot with all that it has: there the content,
+    but ``keep``, goes into ``name`` inside. Killed at any point, that is finished by the next call.
+    Returns where it is now. Raises OSError.
+    """
+    if mounts := mount_points(path):
+        return _empty(path, name.removeprefix(path.name), mounts, keep)
     aside, number = path.with_name(name), 2
     while aside.exists():
         aside, number = path.with_name(f"{name}-{number}"), number + 1
     move(path, aside)
     log.warning("%s is %s now", path, aside)
+    return aside
+
+
+def _empty(path: Path, suffix: str, mounts: Collection[Path], keep: tuple[str, ...] = ()) -> Path:
+    """Move what is in ``path`` to a directory in there, and likewise in what is mounted below."""
+    pieces = [each for each in path.iterdir() if not _stays(each) and each.name not in keep]
+    pieces.sort(key=lambda each: (LAST.index(each.name) + 1 if each.name in LAST else 0, each.name))
+    holding = {each for mount in mounts for each in (mount, *mount.parents)}
+    going = [each for each in pieces if each not in holding]
+    aside = _inside(path, f"{path.name}{suffix}", going)
+    if going:
+        aside.mkdir(mode=0o700, exist_ok=True)
+        fsync_directory(path)
+    for each in pieces:
+        if each not in holding:
+            move(each, aside / each.name)
+        elif each.is_dir():  # a file that somebody mounted has no inside, and stays
+            _empty(each, suffix, mounts)
+    if going:
+        log.warning("what was in %s is in %s now", path, aside)
+    return aside
+
+
+def _stays(piece: Path) -> bool:
+    """What was put aside in there before, and what a filesystem has of its own."""
+    ours = piece.name.startswith(f"{piece.parent.name}.") and piece.is_dir()
+    return ours or piece.name == "lost+found"
+
+
+def _inside(path: Path, name: str, going: Collection[Path]) -> Path:
+    """A directory in ``path`` that has nothing yet of what is to go there. So one that a call which
+    was killed has begun to fill: what belongs together stays together."""
+    aside, number = path / name, 2
+    while any(os.path.lexists(aside / each.name) for each in going):
+        aside, number = path / f"{name}-{number}", number + 1
     return aside
 
 

@@ -23,11 +23,11 @@ from k3sagentd.yaml_files import Merged, load, merge
 log = logging.getLogger(__name__)
 
 HEADER = "# Written by k3sagentd for this node; changes here are overwritten.\n"
-SECRET = ("token", "agent-token")
 DECISIVE = (
     "cluster-init",
     "server",
-    *SECRET,
+    "token",
+    "agent-token",
     "token-file",
     "agent-token-file",
     "datastore-endpoint",
@@ -151,7 +151,7 @@ def check(order: Order, server: str | None, paths: Paths, *, agent_token: bool =
 
 
 def _complain(merged: Merged, key: str, paths: Paths) -> None:
-    found = "set" if key in SECRET else repr(merged.values[key])
+    found = flags.shown(key, merged.values[key])
     raise ConfigError(
         f"{merged.file_of(key)}: {key} is {found}; allowed: what {paths.dropin} says; remove {key} "
         "there"

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The flags that every server of a cluster must share (K3S.md 4), in one canonical form."""
+"""K3s's options: which every server of a cluster must share (K3S.md 4), in one canonical form;
+which agents take; which hold a secret, and how the others are quoted."""
 
 from __future__ import annotations
 
@@ -56,6 +57,33 @@ AGENT = frozenset(
     }
 )
 """Options that ``k3s agent`` takes as well (K3s, pkg/cli/cmds/agent.go)."""
+
+SECRET = frozenset(
+    {
+        "agent-token",
+        "cluster-secret",
+        "datastore-endpoint",
+        "etcd-s3-access-key",
+        "etcd-s3-proxy",
+        "etcd-s3-secret-key",
+        "etcd-s3-session-token",
+        "token",
+        "vpn-auth",
+    }
+)
+"""Options whose value is a secret, or may have one in it (K3s, pkg/cli/cmds/{server,agent}.go). And
+``…-arg``: what somebody passes through K3s, nobody knows."""
+
+
+def shown(key: str, value: Any) -> str:
+    """How a message quotes an option: what is said goes to the journal and, as the reason of a
+    failed start, to every machine of the site."""
+    text = str(value)
+    unfit = key.endswith("-file") and not text.startswith("/")  # the secret, not where it is
+    login = "@" in text  # as in https://user:password@host
+    if key in SECRET or key.endswith("-arg") or unfit or login:
+        return "set"
+    return f"{value!r:.80}"
 
 
 def shared(options: Mapping[str, Any]) -> dict[str, str]:

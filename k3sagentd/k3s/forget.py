@@ -9,10 +9,11 @@ its owner wanted to be wiped, from an agent whose K3s runs.
 from __future__ import annotations
 
 import contextlib
+import http.client
+import itertools
 import logging
 import time
 import urllib.error
-import urllib.request
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -20,11 +21,12 @@ from k3sagentd import keys, membership, site_token
 from k3sagentd.config import Config, load_config
 from k3sagentd.core.k3s import Datastore
 from k3sagentd.errors import K3sagentdError, MachineError
-from k3sagentd.files import wipe, write_atomically
+from k3sagentd.files import finish_wipe, wipe, write_atomically
 from k3sagentd.identity import node_id_in
 from k3sagentd.k3s.credentials import HEALTHZ, HEALTHZ_TIMEOUT_S
 from k3sagentd.k3s.data import datastore
 from k3sagentd.k3s.install import Method, method
+from k3sagentd.k3s.trust import no_http, straight
 from k3sagentd.paths import Paths
 
 log = logging.getLogger(__name__)
@@ -35,13 +37,21 @@ does not need it any more (forget-token, k3sagentd-config(5)). To make it a serv
 forget-token: false and put the token into {token} again.
 """
 KEEPERS_LIMIT_BYTES = 64 * 1024
+SERVERS = ("*/server*", "*/*/server*", "*/server*/*")
+"""Beside K3s's data: a server's part, also of one that became an agent (``change_role``) or whose
+data went aside, beside or inside what it was (``data.put_aside``)."""
 
 
 def forget(paths: Paths) -> None:
-    """Carry out the daemon's request, if there is one; the answer is empty once it is done."""
+    """Carry out the daemon's request, if there is one; the answer is empty once it is done.
+
+    What a wipe that was cut off left of a token goes in any case: who has no token asks no more.
+    """
     try:
         paths.forget.unlink()
     except FileNotFoundError:
+        with contextlib.suppress(K3sagentdError, OSError):
+            _finish_wipes(load_config(paths))
         return
     try:
         config = load_config(paths)
@@ -53,11 +63,18 @@ def forget(paths: Paths) -> None:
     write_atomically(paths.forget_result, reason.encode(), durable=False)
 
 
+def _finish_wipes(config: Config) -> None:
+    for each in site_token.files(config.token_file):
+        if finish_wipe(each):
+            log.warning("%s: its wipe, which was cut off, is finished", each)
+
+
 def _forget(config: Config, paths: Paths, install: Method) -> None:
+    _finish_wipes(config)
     if not config.forget_token:
         raise MachineError("forget-token is not set")
     _check_agent(paths, install)
-    files = _files(config.token_file)
+    files = [each for each in site_token.files(config.token_file) if each.exists()]
     if not files:
         return
     tokens = site_token.load_all(config.token_file)
@@ -75,11 +92,6 @@ def _forget(config: Config, paths: Paths, install: Method) -> None:
     log.warning("the token of site %s is wiped from this machine", derived.site_id)
 
 
-def _files(token_file: Path) -> list[Path]:
-    beside = (site_token.next_path(token_file), site_token.previous_path(token_file))
-    return [each for each in (*beside, token_file) if each.exists()]
-
-
 def _check_agent(paths: Paths, install: Method) -> None:
     """K3s runs here as an agent, and never was a server."""
     found = datastore(paths.k3s_data)
@@ -88,10 +100,12 @@ def _check_agent(paths: Paths, install: Method) -> None:
     if not install.running():
         raise MachineError("K3s does not run here")
     try:
-        with urllib.request.urlopen(HEALTHZ, timeout=HEALTHZ_TIMEOUT_S) as response:  # noqa: S310
+        with straight().open(HEALTHZ, timeout=HEALTHZ_TIMEOUT_S) as response:
             status = response.status
     except (urllib.error.URLError, OSError) as error:
         raise MachineError(f"the kubelet does not answer: {error}") from error
+    except http.client.HTTPException as error:
+        raise MachineError(f"the kubelet ({HEALTHZ}): {no_http(error)}") from error
     if status != 200:
         raise MachineError(f"the kubelet answers {status}")
 
@@ -118,9 +132,8 @@ def _keepers(paths: Paths) -> Iterator[Path]:
     found: Iterable[Path] = directory.rglob("*") if directory.is_dir() else ()
     yield from sorted(each for each in found if each.is_file())
     yield from sorted((paths.root / "etc/systemd/system").glob("k3s*.env"))
-    for name in ("token", "cred/passwd"):
-        # Also of a server that became an agent (``change_role``), or whose data went aside.
-        yield from sorted(paths.k3s_data.parent.glob(f"*/server*/{name}"))
+    for name, place in itertools.product(("token", "cred/passwd"), SERVERS):
+        yield from sorted(paths.k3s_data.parent.glob(f"{place}/{name}"))
 
 
 def _check_kept(paths: Paths, derived: keys.SiteKeys) -> None:

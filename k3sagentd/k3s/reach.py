@@ -8,19 +8,19 @@ begun when the one before failed, or has had its head start (RFC 8305, section 5
 
 from __future__ import annotations
 
+import http.client
 import queue
 import socket
 import ssl
 import threading
 import time
 import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from urllib.parse import urlsplit
 
 from k3sagentd.errors import MachineError
 from k3sagentd.k3s.ca import hash_of_cacerts
-from k3sagentd.k3s.trust import insecure, trusting
+from k3sagentd.k3s.trust import insecure, no_http, straight, trusting
 
 HEAD_START_S = 2.0
 """How long a preferred address may keep the next one waiting: what a loaded Pi needs for TLS."""
@@ -95,9 +95,7 @@ def check(url: str, ca_hash: str | None) -> None:
 def fetch_cacerts(url: str) -> bytes:
     """What a server shows as its CA; raises MachineError where it has nothing to show."""
     try:
-        with urllib.request.urlopen(  # noqa: S310 (https only: order.check_url)
-            f"{url}/cacerts", timeout=ANSWER_TIMEOUT_S, context=insecure()
-        ) as response:
+        with straight(insecure()).open(f"{url}/cacerts", timeout=ANSWER_TIMEOUT_S) as response:
             body: bytes = response.read(CACERTS_LIMIT_BYTES)
             return body
     except urllib.error.HTTPError as error:
@@ -105,6 +103,8 @@ def fetch_cacerts(url: str) -> bytes:
     except (urllib.error.URLError, OSError) as error:
         reason = getattr(error, "reason", error)
         raise MachineError(f"{url} cannot be reached: {reason}") from error
+    except http.client.HTTPException as error:
+        raise MachineError(f"{url}/cacerts: {no_http(error)}") from error
 
 
 def _check_name(url: str, cacerts: bytes) -> None:

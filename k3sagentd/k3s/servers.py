@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
+import http.client
 import urllib.error
-import urllib.request
 from urllib.parse import urlsplit
 
 from k3sagentd.core.k3s import Datastore
@@ -14,7 +14,7 @@ from k3sagentd.k3s import reach
 from k3sagentd.k3s.change_role import is_change
 from k3sagentd.k3s.data import datastore, is_removed
 from k3sagentd.k3s.order import check_url
-from k3sagentd.k3s.trust import insecure
+from k3sagentd.k3s.trust import insecure, straight
 from k3sagentd.k3s.work import Work
 from k3sagentd.yaml_files import merge
 
@@ -63,10 +63,9 @@ def _is_own(work: Work, url: str) -> bool:
 
 def pings() -> bool:
     """Whether this machine's own server is up: past whatever it does with its datastore."""
-    context = insecure()
     try:
-        with urllib.request.urlopen(PING, timeout=PING_TIMEOUT_S, context=context) as response:
+        with straight(insecure()).open(PING, timeout=PING_TIMEOUT_S) as response:
             pong: bytes = response.read(16)
             return pong == b"pong"
-    except (urllib.error.URLError, OSError):
+    except (urllib.error.URLError, OSError, http.client.HTTPException):
         return False

@@ -160,6 +160,15 @@ def test_a_later_file_that_forbids_it_is_found_before_the_restart(m: Machine) ->
     m.refuses(INIT, "cluster-init is False for K3s on this machine")
 
 
+def test_a_token_that_stands_where_its_file_should_is_not_shown(m: Machine) -> None:
+    sqlite(m)
+    m.does(INIT, "halt", "start server as it is")
+    (m.paths.dropin.parent / "99.yaml").write_text(f"token-file: {TOKEN}\n")
+    result = m.apply(JOIN)
+    assert "token-file is set for K3s on this machine" in str(result.reason)
+    assert TOKEN not in str(result.reason)
+
+
 def test_a_conversion_that_was_cut_short_begins_again_from_the_whole(m: Machine) -> None:
     sqlite(m)
     m.k3s.converts = False

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every bad input of the configuration: which file, which key, what was found, what is allowed."""
 
+import traceback
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,8 @@ BAD = {
     "nodes: 5\nrole: master": "role is 'master'; allowed: auto, server, agent",
     "nodes: 5\nsettle: 3": "settle is 3; allowed: a duration",
     "nodes: 5\nport: 70000": "port is 70000; allowed: a number from 1 to 65535",
-    "nodes: 5\ntoken-file: token": "token-file is 'token'; allowed: an absolute path",
+    "nodes: 5\ntoken-file: token": "token-file is a text; allowed: an absolute path",
+    "nodes: 5\nregistration-address: {a: b}": "registration-address is a mapping; allowed: an IP",
     "nodes: 5\nseeds: [a:b]": "seeds is ['a:b']; allowed: a list of host[:port]",
     "nodes: 5\nseeds: a": "seeds is 'a'; allowed: a list of host[:port]",
     "nodes: 5\nregistration-address: 'https://a'": "registration-address is 'https://a'; allowed: ",
@@ -43,10 +45,47 @@ BAD = {
     "nodes: 5\ninstall: {url: x}": "install.url is not a setting; allowed: binary, channel",
     "nodes: 5\nk3s: {cluster-init: true}": "allowed: any K3s option but cluster-init",
     "nodes: 5\nk3s: {server: 'https://a'}": "allowed: any K3s option but server",
-    "nodes: 5\nk3s: {token: x}": "allowed: any K3s option but token",
+    "nodes: 5\nk3s: {token: x}": "k3s is a mapping; allowed: any K3s option but token",
+    "nodes: 5\nk3s: {K3S_URL: x}": "allowed: K3s options in kebab-case, each with",
+    "nodes: 5\nk3s: [debug]": "k3s is a list; allowed: a mapping",
+    "nodes: 2001-99-99": "a value has the form of a date or a number and is none; allowed",
     "nodes: [": "allowed: valid YAML",
     "- 5": "the file is list; allowed: a mapping",
 }
+
+
+SECRET = "hunter2"
+WITH_SECRET = [
+    "k3s: {token: hunter2}",
+    "k3s: {agent-token: hunter2, debug: true}",
+    "k3s: {datastore-endpoint: 'mysql://k3s:hunter2@tcp(10.0.0.1)/k3s'}",
+    "k3s: {vpn-auth: 'joinKey=hunter2', server: x}",
+    "k3s: {token=hunter2}",
+    "k3s: token=hunter2",
+    "k3s: [token, hunter2]",
+    "token-file: hunter2",
+    "token-file: [hunter2]",
+    "servers: {k3s: {token: hunter2}}",
+    "install: {script: 'http://me:hunter2@mirror/k3s.sh'}",
+    "install: {k3s: {token: hunter2}}",
+    "k3s: {agent-token: *hunter2}",
+    "k3s: {agent-token: !hunter2 }",
+    "k3s: {agent-token: !hunter2! x}",
+    "k3s: {agent-token: !!int hunter2}",
+    "k3s: {agent-token: !!bool hunter2}",
+    "k3s: {? [hunter2]}",
+    "k3s: {12: hunter2}",
+]
+
+
+@pytest.mark.parametrize("text", WITH_SECRET)
+def test_no_message_has_a_secret(tmp_path: Path, text: str) -> None:
+    """It goes to the journal, and onto the boot partition of a card."""
+    path = write(tmp_path, f"nodes: 5\n{text}\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(Paths(tmp_path))
+    assert str(caught.value).startswith(f"{path}: ")
+    assert SECRET not in "".join(traceback.format_exception_only(caught.value))
 
 
 def write(tmp_path: Path, text: str, name: str = "config.yaml") -> Path:

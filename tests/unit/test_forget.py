@@ -3,7 +3,9 @@
 
 import asyncio
 import http.server
+import os
 import threading
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -106,6 +108,61 @@ def test_the_token_is_overwritten_and_a_note_is_left(paths: Paths) -> None:
     assert ask(paths) == "", "a second time is as good"
 
 
+class Killed(BaseException):
+    """The power went."""
+
+
+def kill_at(monkeypatch: pytest.MonkeyPatch, instant: int) -> None:
+    """The change of the disk with this number does not happen."""
+    left = [instant]
+
+    def stopping(real: Callable) -> Callable:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if left[0] == 0:
+                raise Killed
+            left[0] -= 1
+            return real(*args, **kwargs)
+
+        return call
+
+    for owner, name in ((Path, "rename"), (Path, "unlink"), (os, "open"), (os, "fsync")):
+        monkeypatch.setattr(owner, name, stopping(getattr(owner, name)))
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_killed_at_any_instant_it_starts_again_and_the_token_goes(
+    paths: Paths, monkeypatch: pytest.MonkeyPatch, asked: bool
+) -> None:
+    """Asked again, or, as who has no token does not ask, with the next order."""
+    instant, killed = 0, True
+    while killed:
+        put(paths.token, TOKEN)
+        paths.token_forgotten.unlink(missing_ok=True)
+        paths.forget.touch()
+        with monkeypatch.context() as patch:
+            kill_at(patch, instant)
+            try:
+                forget.forget(paths)
+                killed = False
+            except Killed:
+                pass
+        found = site_token.load_unless_forgotten(paths.token, paths.token_forgotten)
+        assert found in (None, Tokens(TOKEN)), f"at instant {instant}"
+        if asked:
+            assert ask(paths) == ""
+        elif found is None:
+            paths.forget.unlink(missing_ok=True)
+            forget.forget(paths)
+        if asked or found is None:
+            everything = [each for each in paths.root.rglob("*") if each.is_file()]
+            assert not [each for each in everything if TOKEN in each.read_bytes()]
+            assert {each.name for each in paths.config.parent.glob(".*")} <= {
+                ".token.forgotten.new"
+            }
+        instant += 1
+    assert instant > 10, "nothing was ever killed"
+
+
 def no_request(paths: Paths) -> None:
     paths.config.write_text("nodes: 3\ninstall: {method: exec}\n")
 
@@ -184,6 +241,13 @@ def test_k3s_must_run_and_be_well(paths: Paths, kubelet: dict[str, int], monkeyp
     monkeypatch.setattr("k3sagentd.k3s.supervise.running", lambda _: False)
     assert "K3s does not run here" in ask(paths)
     assert paths.token.exists()
+
+
+def test_the_kubelet_is_asked_without_a_proxy(paths: Paths, monkeypatch) -> None:
+    monkeypatch.setattr(urllib.request, "_opener", None)  # it looks once for the environment's
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    monkeypatch.setenv("no_proxy", "127.0.0.0/8")
+    assert ask(paths) == ""
 
 
 def test_nobody_asked(paths: Paths) -> None:

@@ -163,12 +163,53 @@ def test_a_script_that_makes_no_unit_is_not_believed(paths: Paths) -> None:
         script(paths, "exit 0\n").install(INIT)
 
 
-def test_no_secret_of_another_file_is_shown(paths: Paths) -> None:
+SECRETS = {
+    "token": "hunter2",
+    "agent-token": "hunter2",
+    "token-file": "hunter2",
+    "agent-token-file": "hunter2",
+    "datastore-endpoint": "mysql://k3s:hunter2@tcp(10.0.0.9:3306)/k3s",
+    "server": "https://k3s:hunter2@10.0.0.9:6443",
+}
+
+
+@pytest.mark.parametrize("key", SECRETS)
+def test_no_secret_of_another_file_is_shown(paths: Paths, key: str) -> None:
     write(paths, INIT)
-    (paths.dropin.parent / "99-mine.yaml").write_text("agent-token: confidential\n")
-    with pytest.raises(ConfigError, match="agent-token is set; allowed") as caught:
+    (paths.dropin.parent / "99-mine.yaml").write_text(f"{key}: {SECRETS[key]}\n")
+    with pytest.raises(ConfigError, match=f"{key} is set; allowed") as caught:
         dropin.check(INIT, None, paths)
-    assert "confidential" not in str(caught.value)
+    assert "hunter2" not in str(caught.value)
+
+
+def test_no_option_with_a_secret_is_among_those_that_the_site_is_told() -> None:
+    options = {*flags.SECRET, "kubelet-arg", "etcd-arg", "private-registry", "datastore-keyfile"}
+    assert flags.shared(dict.fromkeys(options, "hunter2")) == {}
+    assert {flags.shown(key, "hunter2") for key in flags.SECRET} == {"set"}
+    assert flags.shown("kube-apiserver-arg", ["x=hunter2"]) == "set"
+    assert flags.shown("token-file", "/etc/x") == "'/etc/x'"
+    assert flags.shown("cluster-init", True) == "True"
+
+
+def test_the_reason_why_a_start_failed_has_no_secret(paths: Paths) -> None:
+    """An init node proposes it as the reason to abandon the epoch: every machine stores it."""
+    for key, secret in SECRETS.items():
+        paths.k3s_config.write_text(f"{key}: {secret}\n")
+        (paths.dropin.parent / "99-mine.yaml").write_text(f"{key}: {secret}\n")
+        binary = paths.root / "k3s"
+        binary.write_text("#!/bin/sh\n")
+        binary.chmod(0o755)
+        configure(
+            paths,
+            f"install: {{method: exec, binary: {binary}}}\n"
+            "ignore-preflight: [clock, ports, memory, disk, cgroup]\n",
+        )
+        write_order(paths, INIT)
+        apply(paths)
+        result = read_result(paths)
+        assert result is not None
+        assert f"{key} is set" in str(result.reason)
+        assert "hunter2" not in paths.result.read_text()
 
 
 # --- apply ----------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from k3sagentd import provision, site_token
+from k3sagentd.files import wiping_path
 from k3sagentd.paths import Paths
 
 TOKEN = site_token.generate()
@@ -135,6 +136,32 @@ def test_a_power_cut_before_the_wipe_is_made_good(paths: Paths) -> None:
     provision.provision(paths, None)
     assert not (card / "token").exists()
     assert paths.token.read_text().strip() == TOKEN
+
+
+def test_a_power_cut_in_the_wipe_is_made_good(paths: Paths) -> None:
+    """On the card, and of what was being forgotten when the power went."""
+    card = fill(paths.boot_partitions[0]) / "token"
+    fill(paths.token.parent, token=TOKEN + "\n")
+    for each in (card, site_token.previous_path(paths.token)):
+        wiping_path(each).write_text(OTHER)
+        kept = wiping_path(each).open("rb")
+        provision.provision(paths, None)
+        assert not wiping_path(each).exists()
+        with kept:
+            assert kept.read().strip(b"\0") == b"", "removed, but not overwritten"
+    assert paths.token.read_text().strip() == TOKEN
+
+
+def test_what_cannot_be_wiped_is_named(paths: Paths, monkeypatch) -> None:
+    card = fill(paths.boot_partitions[0], token=TOKEN)
+
+    def broken(path: Path) -> None:
+        path.rename(wiping_path(path))
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(provision, "wipe", broken)
+    provision.provision(paths, None)
+    assert f"{card}/.token.wiped could not be removed" in (card / provision.NOTE).read_text()
 
 
 def test_a_second_time_changes_nothing(paths: Paths) -> None:

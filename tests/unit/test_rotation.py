@@ -88,7 +88,7 @@ def syscalls(monkeypatch: pytest.MonkeyPatch, stop_at: int) -> list[str]:
         return call
 
     for owner, name in ((Path, "rename"), (Path, "unlink"), (os, "open"), (os, "fsync"),
-                        (files, "fsync_directory")):  # fmt: skip
+                        (os, "link"), (files, "fsync_directory")):  # fmt: skip
         monkeypatch.setattr(owner, name, stopping(name, getattr(owner, name)))
     return done
 
@@ -113,6 +113,69 @@ def test_killed_at_any_instant_both_tokens_are_taken_and_it_goes_on(
         assert set(load_all(paths.token).accepted) == {OLD, NEW}, f"at instant {instant}"
         rotation.rotate(paths, paths.token)
         assert load_all(paths.token) == Tokens(NEW, previous=OLD)
+        instant += 1
+    assert instant > 5, "nothing was ever killed"
+
+
+def test_killed_at_any_instant_the_old_token_is_forgotten_at_the_second_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    instant, killed = 0, True
+    while killed:
+        paths = Paths(tmp_path / str(instant))
+        paths.token.parent.mkdir(parents=True)
+        put(paths.token, NEW)
+        put(beside(paths)[1], OLD)
+        seal(paths)
+        with monkeypatch.context() as patch:
+            done = syscalls(patch, instant)
+            try:
+                rotation.forget_previous(paths, paths.token)
+                killed = False
+            except Killed:
+                pass
+        assert load_all(paths.token).shown == NEW, f"the daemon does not start after {done}"
+        assert load_all(paths.token).previous in (None, OLD)
+        rotation.forget_previous(paths, paths.token)
+        assert [each.name for each in paths.token.parent.iterdir()] == ["token"], done
+        instant += 1
+    assert instant > 5, "nothing was ever killed"
+
+
+def test_the_name_is_given_up_for_good_before_the_first_byte_is_overwritten(
+    paths: Paths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a power cut could bring the name back with zeros behind it."""
+    put(beside(paths)[1], OLD)
+    done = syscalls(monkeypatch, -1)
+    files.wipe(beside(paths)[1])
+    first = done.index("rename")
+    assert done[first : first + 4] == ["rename", "fsync_directory", "open", "fsync"]
+    assert done.index("unlink") > first + 5, "removed before it was overwritten"
+
+
+def test_killed_at_any_instant_the_next_token_is_whole_or_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    instant, killed = 0, True
+    while killed:
+        paths = Paths(tmp_path / str(instant))
+        paths.token.parent.mkdir(parents=True)
+        put(paths.token, OLD)
+        seal(paths)
+        with monkeypatch.context() as patch:
+            done = syscalls(patch, instant)
+            try:
+                rotation.create_next(paths, paths.token)
+                killed = False
+            except Killed:
+                pass
+        made = load_all(paths.token).next
+        assert made is not None or killed, done
+        if made is None:
+            rotation.create_next(paths, paths.token)
+            assert sorted(paths.token.parent.iterdir()) == [paths.token, beside(paths)[0]]
+        assert beside(paths)[0].stat().st_mode & 0o777 == 0o600
         instant += 1
     assert instant > 5, "nothing was ever killed"
 

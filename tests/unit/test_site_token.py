@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+import errno
+import os
 import secrets
 import stat
 from pathlib import Path
@@ -46,6 +48,37 @@ def test_create_is_private_and_never_overwrites(tmp_path: Path) -> None:
         site_token.create(path)
     assert path.read_bytes() == before
     assert site_token.load(path) == before.strip()
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(ConfigError, match="token: cannot be written: No space left"):
+            site_token.create(tmp_path / "token")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_create_without_links(tmp_path: Path, monkeypatch, there: bool) -> None:
+    """On FAT, as a card's boot partition is."""
+
+    def fat(*_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", fat)
+    path = tmp_path / "token"
+    if there:
+        path.write_text("x")
+        with pytest.raises(ConfigError, match="not overwritten"):
+            site_token.create(path)
+        assert path.read_text() == "x"
+    else:
+        site_token.create(path)
+        assert site_token.load(path)
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_token_that_others_can_read_is_refused(tmp_path: Path) -> None:
