@@ -10,7 +10,7 @@ from k3sagentd.core.k3s import Action, Datastore, Outcome
 from k3sagentd.core.log import Abandon, Nominate, Value, is_abandoned
 from k3sagentd.core.messages import Hello, Intent
 from k3sagentd.core.state import Node
-from k3sagentd.core.words import NodeId, Role, short
+from k3sagentd.core.words import NodeId, NodePhase, Role, short
 
 
 def existing_cluster(node: Node) -> str | None:
@@ -94,6 +94,8 @@ def why_not_force(node: Node) -> str | None:
         return "it waits for the facts about this machine's disk"
     if trouble := conflict(node):
         return trouble
+    if node.phase is NodePhase.STANDING_DOWN:
+        return "what an abandoned start left is being put aside here; try again when that is done"
     if node.site.role is Role.AGENT:
         return "role is agent here; allowed: server or auto"
     stores = (Datastore.ETCD, Datastore.SQLITE)

@@ -264,3 +264,9 @@ def test_probes_count_for_what_is_on_the_disk(name: str) -> None:
     facts = node_of(wire, name).facts
     assert facts is not None
     assert facts.datastore is Datastore.ETCD
+
+
+def test_no_force_while_an_abandoned_start_is_put_aside() -> None:
+    wire = play("site a b c nodes=3\non a b c\nmeet a b c\ngo 10s\napply a hopeless\ngo 30s")
+    assert node_of(wire, "a").phase is NodePhase.STANDING_DOWN
+    assert "put aside" in str(guards.why_not_force(node_of(wire, "a")))
