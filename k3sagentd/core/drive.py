@@ -436,14 +436,18 @@ def on_seen(turn: Turn, **seen: Facts | K3sState) -> None:
     state, facts, order = turn.node.k3s, turn.node.facts, turn.node.drive.order
     if not state.ready or facts is None or facts.datastore is not Datastore.NONE:
         return
-    if order is None or order.action not in (Action.INIT, Action.JOIN):
+    action, seal = order.action if order is not None else None, turn.node.seal
+    if action in (Action.STAND_DOWN, Action.STEP_DOWN):
+        return  # what a probe found was on its way out
+    if state.ca_hash is None:
+        if order is not None and action is Action.JOIN and order.role is ServerOrAgent.AGENT:
+            turn.set(facts=replace(facts, datastore=Datastore.AGENT))
         return
-    if order.role is ServerOrAgent.AGENT and state.ca_hash is None:
-        turn.set(facts=replace(facts, datastore=Datastore.AGENT))
-    elif order.role is ServerOrAgent.SERVER and state.ca_hash is not None:
-        if order.action is Action.INIT:  # root marked it before K3s began
-            facts = replace(facts, origin=order.epoch, origin_generation=order.generation)
-        turn.set(facts=replace(facts, datastore=Datastore.ETCD, ca_hash=state.ca_hash))
+    if order is not None and action is Action.INIT:  # root marked it before K3s began
+        facts = replace(facts, origin=order.epoch, origin_generation=order.generation)
+    elif seal is None or state.ca_hash != seal.ca_hash:
+        return
+    turn.set(facts=replace(facts, datastore=Datastore.ETCD, ca_hash=state.ca_hash))
 
 
 def reset(turn: Turn) -> None:

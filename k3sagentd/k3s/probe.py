@@ -13,6 +13,7 @@ from k3sagentd.k3s.ca import hash_of_cacerts
 from k3sagentd.k3s.trust import insecure, trusting
 
 SERVER = "https://127.0.0.1:6443"
+KUBELET = "http://127.0.0.1:10248/healthz"
 TIMEOUT_S = 5.0
 BODY_LIMIT_BYTES = 256 * 1024
 READY = (200, 404, 429)
@@ -47,16 +48,22 @@ async def probe(role: ServerOrAgent, passwords: Passwords, ca_hash: str | None) 
     timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
     async with aiohttp.ClientSession(timeout=timeout) as session:
         if role is ServerOrAgent.AGENT:
-            return await _agent(session)
+            return await _agent(session, ca_hash)
         return await _server(session, passwords, ca_hash)
 
 
-async def _agent(session: aiohttp.ClientSession) -> K3sState:
-    status, body = await _get(session, "http://127.0.0.1:10248/healthz")
+async def _agent(session: aiohttp.ClientSession, wanted: str | None) -> K3sState:
+    status, body = await _get(session, KUBELET)
     if status == 0:
         return K3sState(detail=f"the kubelet does not answer ({body.decode()})")
     ready = status == 200
-    return K3sState(running=True, ready=ready, detail=f"the kubelet answers {status}")
+    # What should be an agent may be a server, told to join before it was to be one.
+    found, body = await _get(session, f"{SERVER}/cacerts")
+    serves = found == 200 and wanted is not None and hash_of_cacerts(body) == wanted
+    ca_hash = wanted if serves else None
+    return K3sState(
+        running=True, ready=ready, ca_hash=ca_hash, detail=f"the kubelet answers {status}"
+    )
 
 
 async def _server(

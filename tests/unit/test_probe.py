@@ -28,14 +28,21 @@ class Server:
         self._directory = directory
         self._passwords: Passwords | None = None
 
-    def looked_at(self, *passwords: str, ca_hash: str | None = None) -> K3sState:
+    def looked_at(
+        self,
+        *passwords: str,
+        ca_hash: str | None = None,
+        role: ServerOrAgent = ServerOrAgent.SERVER,
+    ) -> K3sState:
         """What a probe finds; without passwords one that has looked before looks again."""
         if passwords:
             self._passwords = Passwords(passwords)
         assert self._passwords is not None
-        return asyncio.run(self._looked_at(self._passwords, ca_hash))
+        return asyncio.run(self._looked_at(self._passwords, ca_hash, role))
 
-    async def _looked_at(self, passwords: Passwords, ca_hash: str | None) -> K3sState:
+    async def _looked_at(
+        self, passwords: Passwords, ca_hash: str | None, role: ServerOrAgent
+    ) -> K3sState:
         chain = self._directory / "serving.pem"
         chain.write_bytes(b"".join(self.signer.leaf("k3s", (LOCAL,))))
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -50,7 +57,11 @@ class Server:
             with pytest.MonkeyPatch.context() as patch:
                 port = runner.addresses[0][1]
                 patch.setattr(probe, "SERVER", f"https://{LOCAL}:{port}")
-                return await probe.probe(ServerOrAgent.SERVER, passwords, ca_hash)
+                kubelet = web.TCPSite(runner, LOCAL, 0)
+                await kubelet.start()
+                port = runner.addresses[1][1]
+                patch.setattr(probe, "KUBELET", f"http://{LOCAL}:{port}/healthz")
+                return await probe.probe(role, passwords, ca_hash)
         finally:
             await runner.cleanup()
 
@@ -58,6 +69,8 @@ class Server:
         match request.path:
             case "/ping":
                 return web.Response(text="pong")
+            case "/healthz":
+                return web.Response(text="ok")
             case "/cacerts":
                 return web.Response(body=self.authority.pem)
             case "/v1-k3s/readyz":
@@ -121,4 +134,15 @@ def test_no_password_goes_to_who_only_shows_the_clusters_ca(tmp_path: Path) -> N
     state = server.looked_at("agent", ca_hash=hash_of_cacerts(server.authority.pem))
     assert not state.ready
     assert "certificate" in state.detail
+    assert server.tried == []
+
+
+def test_an_agent_that_is_a_server_is_seen(tmp_path: Path) -> None:
+    """Told to join as a server before the roster changed; without it, it stayed in etcd for good."""
+    server, agent = Server(tmp_path, "x"), ServerOrAgent.AGENT
+    ca_hash = hash_of_cacerts(server.authority.pem)
+    state = server.looked_at("x", ca_hash=ca_hash, role=agent)
+    assert (state.ready, state.ca_hash) == (True, ca_hash)
+    # What somebody else runs at that port is none of ours.
+    assert server.looked_at("x", ca_hash="0" * 64, role=agent).ca_hash is None
     assert server.tried == []
