@@ -138,7 +138,7 @@ def test_no_password_goes_to_who_only_shows_the_clusters_ca(tmp_path: Path) -> N
 
 
 def test_an_agent_that_is_a_server_is_seen(tmp_path: Path) -> None:
-    """Told to join as a server before the roster changed; without it, it stayed in etcd for good."""
+    """It was told to join as a server before the roster changed, and stayed in etcd unlisted."""
     server, agent = Server(tmp_path, "x"), ServerOrAgent.AGENT
     ca_hash = hash_of_cacerts(server.authority.pem)
     state = server.looked_at("x", ca_hash=ca_hash, role=agent)
