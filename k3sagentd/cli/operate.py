@@ -78,7 +78,7 @@ def leave(paths: Paths, *, yes: bool) -> int:
 def repair_addresses(paths: Paths, *, yes: bool) -> int:
     """``k3sagentd repair-addresses``."""
     config = load_config(paths)
-    at = attachment(config.interface)
+    at = attachment(config.interface, config.virtual_ip)
     answer = asyncio.run(ControlClient(paths.control).status())
     repair = repairing.plan(paths, config, at, answer["status"])
     if repair is None:

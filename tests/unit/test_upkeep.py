@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import ifaddr
 import pytest
 import yaml
 
@@ -137,11 +138,12 @@ class Daemon:
 
     def __init__(self, server: Server) -> None:
         self._server = server
+        self.view = status(row(2))
         self.errors: dict[str, str] = {}
         self.asked: list[tuple[str, bool]] = []
 
     async def status(self, after: int, wait_s: float) -> dict:
-        return {"rev": 1, "status": status(row(2))}
+        return {"rev": 1, "status": self.view}
 
     def registration(self) -> None:
         return None
@@ -341,6 +343,22 @@ def test_an_address_that_did_not_change_needs_nothing(server: Server) -> None:
     (server.paths.k3s_data / "server/db/etcd/member/wal").rmdir()
     server.tell()
     assert repair.plan(server.paths, config, AT, status(READY2)) is None, "no server"
+
+
+def test_etcd_does_not_move_to_the_virtual_address(
+    server: Server,
+    daemon: Daemon,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with server.paths.config.open("a") as file:
+        file.write("interface: eth0\nvirtual-ip: 10.0.0.100/24\n")
+    daemon.view["site"]["phase"] = "conflict"  # who has something to repair is refused
+    ips = [ifaddr.IP(ip, 24, "eth0") for ip in ("10.0.0.100", OLD)]
+    monkeypatch.setattr(ifaddr, "get_adapters", lambda: [ifaddr.Adapter("eth0", "eth0", ips, 2)])
+    assert operate.repair_addresses(server.paths, yes=True) == 0
+    assert "nothing to repair" in capsys.readouterr().out
+    assert told(server)["node-ip"] == OLD
 
 
 @pytest.mark.parametrize(
