@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """A root directory that looks like an installed server, with a systemctl and a k3s of its own."""
 
+import asyncio
 import hashlib
 import json
+import threading
 from pathlib import Path
 
+from k3sagentd.control import ControlServer
 from k3sagentd.core.words import NodeId
 from k3sagentd.discovery.addresses import Attachment
 from k3sagentd.k3s import dropin
@@ -128,3 +131,40 @@ def status(*others: dict, servers: int = 3, roster: list[str] | None = None) -> 
     return json.loads(
         json.dumps({"site": site, "node": {"id": ME, "name": "n1"}, "nodes": [own, *others]})
     )
+
+
+class Daemon:
+    """Answers at the control socket, and notes what the machine was like then."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self.view = status(row(2))
+        self.errors: dict[str, str] = {}
+        self.asked: list[tuple[str, bool]] = []
+
+    async def status(self, after: int, wait_s: float) -> dict:
+        return {"rev": 1, "status": self.view}
+
+    def registration(self) -> None:
+        return None
+
+    async def force(self) -> str | None:
+        return "this node sees two clusters"
+
+    async def leave(self, step: str) -> str | None:
+        self.asked.append((step, (self._server.paths.root / "active").exists()))
+        return self.errors.get(step)
+
+    def __enter__(self) -> "Daemon":
+        self._loop = asyncio.new_event_loop()
+        self._control = ControlServer(self._server.paths.control, self)
+        self._loop.run_until_complete(self._control.start())
+        self._thread = threading.Thread(target=self._loop.run_forever)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        asyncio.run_coroutine_threadsafe(self._control.stop(), self._loop).result(10)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
