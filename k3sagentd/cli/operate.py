@@ -10,6 +10,7 @@ from k3sagentd.config import load_config
 from k3sagentd.control import ControlClient
 from k3sagentd.discovery.addresses import attachment
 from k3sagentd.errors import UsageError
+from k3sagentd.k3s import underway
 from k3sagentd.paths import Paths
 from k3sagentd.upkeep import leave as leaving
 from k3sagentd.upkeep import repair as repairing
@@ -55,11 +56,12 @@ def reset(paths: Paths, *, yes: bool) -> int:
     config = load_config(paths)
     if not service.has_systemd(paths, config) and service.pid(paths) is not None:
         raise UsageError("the daemon runs; stop it first (kill, or the supervisor that you use)")
-    if not resetting.is_needed(paths):
-        print("nothing to reset")
-        return 0
-    confirm(resetting.question(paths, config), yes=yes)
-    resetting.reset(paths, config, say)
+    with underway.only(paths, "reset"):
+        if not resetting.is_needed(paths):
+            print("nothing to reset")
+            return 0
+        confirm(resetting.question(paths, config), yes=yes)
+        resetting.reset(paths, config, say)
     start = "systemctl start k3sagentd" if service.has_systemd(paths, config) else "k3sagentd run"
     print(f"this machine is as new; to begin anew: {start}")
     return 0
@@ -68,9 +70,10 @@ def reset(paths: Paths, *, yes: bool) -> int:
 def leave(paths: Paths, *, yes: bool) -> int:
     """``k3sagentd leave``."""
     config = load_config(paths)
-    if not leaving.has_left(paths):
-        confirm(leaving.QUESTION, yes=yes)
-        leaving.leave(paths, config, say)
+    with underway.only(paths, leaving.COMMAND):
+        if not leaving.has_left(paths):
+            confirm(leaving.QUESTION, yes=yes)
+            leaving.leave(paths, config, say)
     print("this machine has left; to make a new machine of it: k3sagentd reset")
     return 0
 
@@ -78,14 +81,15 @@ def leave(paths: Paths, *, yes: bool) -> int:
 def repair_addresses(paths: Paths, *, yes: bool) -> int:
     """``k3sagentd repair-addresses``."""
     config = load_config(paths)
-    at = attachment(config.interface, config.virtual_ip)
-    answer = asyncio.run(ControlClient(paths.control).status())
-    repair = repairing.plan(paths, config, at, answer["status"])
-    if repair is None:
-        print("nothing to repair: this machine is no server, or has the address that it had")
-        return 0
-    confirm(repair.question, yes=yes)
-    repairing.carry_out(paths, config, repair.progress, say)
+    with underway.only(paths, repairing.COMMAND):
+        at = attachment(config.interface, config.virtual_ip)
+        answer = asyncio.run(ControlClient(paths.control).status())
+        repair = repairing.plan(paths, config, at, answer["status"])
+        if repair is None:
+            print("nothing to repair: this machine is no server, or has the address that it had")
+            return 0
+        confirm(repair.question, yes=yes)
+        repairing.carry_out(paths, config, repair.progress, say)
     if repair.progress.server is None:
         print("this server is the cluster now; on each other server, one after the other, run:")
         print("  k3sagentd repair-addresses")

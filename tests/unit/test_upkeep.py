@@ -3,7 +3,9 @@
 
 import asyncio
 import os
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from k3sagentd.config import load_config
 from k3sagentd.control import ControlServer
 from k3sagentd.core.k3s import Action, Order, Outcome, ServerOrAgent
 from k3sagentd.errors import (
+    BusyError,
     K3sagentdError,
     MachineError,
     UnavailableError,
@@ -164,6 +167,64 @@ def test_only_two_steps_can_be_asked_for(server: Server, daemon: Daemon) -> None
     with pytest.raises(K3sagentdError, match="none of drain, remove"):
         asyncio.run(ControlClient(server.paths.control).leave("explode"))
     assert daemon.asked == []
+
+
+# --- one at a time --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["leave", "repair_addresses", "reset"])
+def test_who_comes_while_another_is_asked_is_sent_away_at_once(
+    server: Server, daemon: Daemon, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    command: Callable[..., int] = getattr(operate, name)
+    # Half done: what both would load before they ask.
+    if name != "reset":
+        progress = Progress(command=name.replace("_", "-"), step="", name="n1", uid="gone")
+        underway.save(server.paths, progress)
+    before = server.files()
+    asked = []
+
+    def answer(_: str) -> str:
+        asked.append(name)
+        for other in (operate.leave, operate.repair_addresses, operate.reset):
+            with pytest.raises(BusyError, match="wait until it has ended, or end it") as caught:
+                other(server.paths, yes=True)
+            held = f"k3sagentd {name.replace('_', '-')} (pid {os.getpid()}"
+            assert str(caught.value).startswith(held)
+            assert caught.value.exit_code == os.EX_TEMPFAIL
+        return "n"
+
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    monkeypatch.setattr("builtins.input", answer)
+    for times in (1, 2):
+        with pytest.raises(UsageError, match="nothing was done"):
+            command(server.paths, yes=False)
+        assert len(asked) == times, "the lock is given back"
+    assert server.files() == before
+    assert server.said == []
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from k3sagentd.k3s import underway
+from k3sagentd.paths import Paths
+with underway.only(Paths(Path(sys.argv[1])), "leave"):
+    print(1, flush=True)
+    input()
+"""
+
+
+def test_the_lock_goes_with_its_holder(server: Server) -> None:
+    command = [sys.executable, "-c", HOLD, str(server.paths.root)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe) as holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        with pytest.raises(BusyError, match=rf"k3sagentd leave \(pid {holder.pid}"):
+            operate.reset(server.paths, yes=True)
+        holder.kill()
+    assert operate.reset(server.paths, yes=True) == 0
 
 
 # --- leave ----------------------------------------------------------------------------------
