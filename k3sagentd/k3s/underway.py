@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from k3sagentd import schema
+from k3sagentd.core.words import NodeId
 from k3sagentd.errors import BusyError, DataError, MachineError
 from k3sagentd.files import fsync_directory, read_bounded, write_atomically
 from k3sagentd.paths import Paths
@@ -38,6 +39,8 @@ class Progress:
     name: str | None = None
     """The machine's Node, and its uid."""
     uid: str | None = None
+    node: NodeId | None = None
+    """The machine's own node id, which its Node bears as a label (``cluster.NODE_LABEL``)."""
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from typing import Any
 from k3sagentd import site_token
 from k3sagentd.config import Config
 from k3sagentd.core.k3s import Datastore, ServerOrAgent
+from k3sagentd.core.words import NodeId
 from k3sagentd.discovery.addresses import Attachment
 from k3sagentd.errors import ConfigError, MachineError, TimedOutError, UnavailableError
 from k3sagentd.files import fsync_directory, write_atomically
@@ -79,7 +80,7 @@ def plan(
     if status["site"]["phase"] != "sealed":
         raise UnavailableError(f"the site is {status['site']['phase']}, not sealed")
     first = before or Progress(command=COMMAND, step="", name=str(told["node-name"]))
-    here = replace(first, address=at.address)
+    here = replace(first, address=at.address, node=NodeId(status["node"]["id"]))
     was = str(told["node-ip"])
     if first.step in (RESET, START) and first.server is None:
         return _reset(here, was)  # this server's copy is the cluster: there is nobody else to ask
@@ -233,7 +234,8 @@ def _remove(paths: Paths, progress: Progress) -> None:
     own = next((each for each in nodes if each.node.name == progress.name), None)
     if own is None:
         return
-    if own.node.uid != progress.uid:
+    # With another uid it is ours where it says so: K3s made it anew, in a run that was killed.
+    if own.node.uid != progress.uid and (own.node.node is None or own.node.node != progress.node):
         raise MachineError(
             f"the Node {own.node.name} at {progress.server} is not the one that this machine had: "
             "another machine has taken its name"

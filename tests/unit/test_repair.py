@@ -19,7 +19,7 @@ from k3sagentd.k3s.underway import Progress
 from k3sagentd.paths import Paths
 from k3sagentd.upkeep import repair
 from tests.unit.fake_api import FakeApi
-from tests.unit.machine import AT, NEW, OLD, Daemon, Server, row, status
+from tests.unit.machine import AT, ME, NEW, OLD, Daemon, Server, row, status
 
 
 @pytest.fixture
@@ -167,15 +167,30 @@ def test_a_server_that_others_need_stays(
     assert server.said == []
 
 
-def test_a_node_that_others_have_taken_stays(server: Server, api: FakeApi) -> None:
+@pytest.mark.parametrize("labels", [{}, {"k3sagentd_node_id": "b" * 32}])
+def test_a_node_that_others_have_taken_stays(
+    server: Server, api: FakeApi, labels: dict[str, str]
+) -> None:
     for name in ("n1", "n2"):
         api.add_node(name, server=True)
     progress = planned(server, status(READY2))
-    api.add_node("n1", server=True)
+    api.add_node("n1", server=True, **labels)
     with pytest.raises(MachineError, match="another machine has taken its name"):
         repair.carry_out(server.paths, load_config(server.paths), progress, lambda _: None)
     assert "n1" in api.nodes
     assert underway.load(server.paths) == replace(progress, step=repair.STOP)
+
+
+def test_a_node_that_k3s_made_anew_for_this_machine_is_its_own(
+    server: Server, api: FakeApi
+) -> None:
+    for name in ("n1", "n2"):
+        api.add_node(name, server=True)
+    progress = planned(server, status(READY2))
+    underway.save(server.paths, progress)
+    api.add_node("n1", server=True, k3sagentd_node_id=ME)
+    carry_out(server, planned(server, status(READY2)))
+    assert set(api.nodes) == {"n2"}
 
 
 def test_the_first_server_that_answers_is_asked(server: Server, api: FakeApi) -> None:
