@@ -34,6 +34,10 @@ class Progress:
     """The last one that is done."""
     address: str | None = None
     """The machine's new address."""
+    was: str | None = None
+    """The one that etcd knew the machine by when the command began."""
+    sure: bool = True
+    """Whether etcd knows it by no other: the step that may change that has not begun."""
     server: str | None = None
     """The server that is asked, as ``https://host:6443``; None: none answers."""
     name: str | None = None

@@ -18,12 +18,13 @@ AT = Attachment("eth0", 2, NEW)
 ME = NodeId("a" * 32)
 SYSTEMCTL = """#!/bin/sh
 cd {root}
-echo "$@" >> said
+case "$*" in is-active*) ;; *) echo "$@" >> said ;; esac
 case "$*" in
 "start --no-block k3s.service")
     touch active
     mkdir -p var/lib/rancher/k3s/server/db/etcd/member/wal ;;
 "disable --now k3s.service") rm -f active ;;
+is-active*) [ -e active ] && echo active ;;
 esac
 """
 K3S = """#!/bin/sh
@@ -110,7 +111,15 @@ class Server:
         return found
 
 
-def row(number: int, *, phase: str = "joining", age_s: float = 0.0, role: str = "server") -> dict:
+def row(
+    number: int,
+    *,
+    phase: str = "joining",
+    age_s: float = 0.0,
+    role: str = "server",
+    moved: bool = False,
+    member: bool | None = None,
+) -> dict:
     """A line of the daemon's status."""
     return {
         "id": f"{number:x}" * 32,
@@ -119,6 +128,8 @@ def row(number: int, *, phase: str = "joining", age_s: float = 0.0, role: str = 
         "role": role,
         "phase": phase,
         "age_s": age_s,
+        "moved": moved,
+        "member": role == "server" if member is None else member,
     }
 
 
@@ -129,7 +140,13 @@ def status(*others: dict, servers: int = 3, roster: list[str] | None = None) -> 
     if roster is not None:
         site["roster"] = roster
     return json.loads(
-        json.dumps({"site": site, "node": {"id": ME, "name": "n1"}, "nodes": [own, *others]})
+        json.dumps(
+            {
+                "site": site,
+                "node": {"id": ME, "name": "n1", "address": NEW},
+                "nodes": [own, *others],
+            }
+        )
     )
 
 
@@ -138,7 +155,8 @@ class Daemon:
 
     def __init__(self, server: Server) -> None:
         self._server = server
-        self.view = status(row(2))
+        self.view = status(row(2, moved=True))
+        self.rereads = 0
         self.errors: dict[str, str] = {}
         self.asked: list[tuple[str, bool]] = []
 
@@ -150,6 +168,10 @@ class Daemon:
 
     async def force(self) -> str | None:
         return "this node sees two clusters"
+
+    async def reread(self) -> str | None:
+        self.rereads += 1
+        return self.errors.get("reread")
 
     async def leave(self, step: str) -> str | None:
         self.asked.append((step, (self._server.paths.root / "active").exists()))
