@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 from k3sagentd.config import load_config
 from k3sagentd.control import ControlClient
@@ -41,6 +43,22 @@ def confirm(text: str, *, yes: bool) -> None:
         answer = ""
     if answer.strip().lower() not in ("y", "yes"):
         raise UsageError("not confirmed; nothing was done")
+
+
+class _Daemon:
+    """This machine's daemon, for commands that wait for each of its answers."""
+
+    def __init__(self, paths: Paths) -> None:
+        self._client = ControlClient(paths.control)
+
+    def status(self) -> Mapping[str, Any]:
+        """What it says now; raises K3sagentdError."""
+        status: Mapping[str, Any] = asyncio.run(self._client.status())["status"]
+        return status
+
+    def reread(self) -> None:
+        """Have it take in the facts that root wrote; raises K3sagentdError."""
+        asyncio.run(self._client.reread())
 
 
 def force(paths: Paths, *, yes: bool) -> int:
@@ -83,15 +101,15 @@ def repair_addresses(paths: Paths, *, yes: bool) -> int:
     config = load_config(paths)
     with underway.only(paths, repairing.COMMAND):
         at = attachment(config.interface, config.virtual_ip)
-        answer = asyncio.run(ControlClient(paths.control).status())
-        repair = repairing.plan(paths, config, at, answer["status"])
+        daemon = _Daemon(paths)
+        repair = repairing.plan(paths, config, at, daemon.status())
         if repair is None:
+            repairing.look_anew(paths, daemon)
             print("nothing to repair: this machine is no server, or has the address that it had")
             return 0
         confirm(repair.question, yes=yes)
-        repairing.carry_out(paths, config, repair.progress, say)
-    if repair.progress.server is None:
-        print("this server is the cluster now; on each other server, one after the other, run:")
-        print("  k3sagentd repair-addresses")
+        repairing.carry_out(paths, config, repair.progress, daemon, say)
+    if repair.after is not None:
+        print(repair.after)
     print("K3s starts; see how far it is: k3sagentd status")
     return 0

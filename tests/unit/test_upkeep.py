@@ -5,7 +5,7 @@ import asyncio
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,21 +21,13 @@ from k3sagentd.errors import (
     UnavailableError,
     UsageError,
 )
-from k3sagentd.k3s import facts, install, underway
+from k3sagentd.k3s import facts, underway
 from k3sagentd.k3s.apply import apply
 from k3sagentd.k3s.order import read_result, write_order
 from k3sagentd.k3s.underway import Progress
 from k3sagentd.paths import Paths
 from k3sagentd.upkeep import leave, repair, service
 from tests.unit.machine import AT, Daemon, Server, row, status
-
-
-@pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Server:
-    made = Server(tmp_path / "root")
-    monkeypatch.setattr(install, "PATH", f"{made.paths.root}/bin:{install.PATH}")
-    return made
-
 
 # --- asking ---------------------------------------------------------------------------------
 
@@ -125,12 +117,6 @@ def test_without_an_uninstall_script_the_data_is_moved_aside(tmp_path: Path) -> 
 
 
 # --- the daemon -----------------------------------------------------------------------------
-
-
-@pytest.fixture
-def daemon(server: Server) -> Iterator[Daemon]:
-    with Daemon(server) as made:
-        yield made
 
 
 def test_a_daemon_that_nobody_can_stop_is_in_the_way(tmp_path: Path) -> None:
