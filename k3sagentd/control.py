@@ -34,6 +34,9 @@ class Answers(Protocol):
     async def force(self) -> str | None:
         """Make this the init node; else why not."""
 
+    async def reread(self) -> str | None:
+        """Take in the facts that root wrote, and tell the others what follows; else why not."""
+
     async def leave(self, step: str) -> str | None:
         """Have a ready server ``drain`` or ``remove`` this machine.
 
@@ -51,6 +54,7 @@ class ControlServer:
         app.router.add_get("/v1/status", self._status)
         app.router.add_get("/v1/registration", self._registration)
         app.router.add_post("/v1/cluster-init", self._force)
+        app.router.add_post("/v1/facts", self._reread)
         app.router.add_post("/v1/leave", self._leave)
         self._runner = web.AppRunner(app, handle_signals=False, access_log=None)
 
@@ -82,6 +86,9 @@ class ControlServer:
 
     async def _force(self, request: web.Request) -> web.Response:
         return _done(await self._answers.force())
+
+    async def _reread(self, request: web.Request) -> web.Response:
+        return _done(await self._answers.reread())
 
     async def _leave(self, request: web.Request) -> web.Response:
         try:
@@ -120,6 +127,10 @@ class ControlClient:
     async def force(self) -> None:
         """Make this node the init node; raises K3sagentdError."""
         await self._ask("POST", "/v1/cluster-init", 60.0)
+
+    async def reread(self) -> None:
+        """Have it take in the facts that root wrote; raises K3sagentdError."""
+        await self._ask("POST", "/v1/facts", CONNECT_TIMEOUT_S)
 
     async def leave(self, step: str) -> None:
         """Have a ready server drain or remove this machine; raises K3sagentdError."""

@@ -50,6 +50,12 @@ class TimedOutError(K3sagentdError):
     exit_code = os.EX_TEMPFAIL
 
 
+class BusyError(K3sagentdError):
+    """Another run of a command is in the way; trying again after it helps (EX_TEMPFAIL)."""
+
+    exit_code = os.EX_TEMPFAIL
+
+
 class TokenForgottenError(K3sagentdError):
     """Not a failure: the daemon must begin anew without the token (EX_TEMPFAIL)."""
 

@@ -97,6 +97,11 @@ class Paths:
         return self.root_run / "lock"
 
     @property
+    def command_lock(self) -> Path:
+        """Held by a command of the operator from before its question to its end."""
+        return self.root_run / "command.lock"
+
+    @property
     def supervisor(self) -> Path:
         """Pid, lock and command of a K3s that we supervise (install method ``exec``)."""
         return self.root_run / "k3s-exec.json"

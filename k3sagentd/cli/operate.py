@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 from k3sagentd.config import load_config
 from k3sagentd.control import ControlClient
 from k3sagentd.discovery.addresses import attachment
 from k3sagentd.errors import UsageError
+from k3sagentd.k3s import underway
 from k3sagentd.paths import Paths
 from k3sagentd.upkeep import leave as leaving
 from k3sagentd.upkeep import repair as repairing
@@ -42,6 +45,22 @@ def confirm(text: str, *, yes: bool) -> None:
         raise UsageError("not confirmed; nothing was done")
 
 
+class _Daemon:
+    """This machine's daemon, for commands that wait for each of its answers."""
+
+    def __init__(self, paths: Paths) -> None:
+        self._client = ControlClient(paths.control)
+
+    def status(self) -> Mapping[str, Any]:
+        """What it says now; raises K3sagentdError."""
+        status: Mapping[str, Any] = asyncio.run(self._client.status())["status"]
+        return status
+
+    def reread(self) -> None:
+        """Have it take in the facts that root wrote; raises K3sagentdError."""
+        asyncio.run(self._client.reread())
+
+
 def force(paths: Paths, *, yes: bool) -> int:
     """``k3sagentd cluster-init --force``."""
     confirm(FORCE, yes=yes)
@@ -55,11 +74,12 @@ def reset(paths: Paths, *, yes: bool) -> int:
     config = load_config(paths)
     if not service.has_systemd(paths, config) and service.pid(paths) is not None:
         raise UsageError("the daemon runs; stop it first (kill, or the supervisor that you use)")
-    if not resetting.is_needed(paths):
-        print("nothing to reset")
-        return 0
-    confirm(resetting.question(paths, config), yes=yes)
-    resetting.reset(paths, config, say)
+    with underway.only(paths, "reset"):
+        if not resetting.is_needed(paths):
+            print("nothing to reset")
+            return 0
+        confirm(resetting.question(paths, config), yes=yes)
+        resetting.reset(paths, config, say)
     start = "systemctl start k3sagentd" if service.has_systemd(paths, config) else "k3sagentd run"
     print(f"this machine is as new; to begin anew: {start}")
     return 0
@@ -68,9 +88,10 @@ def reset(paths: Paths, *, yes: bool) -> int:
 def leave(paths: Paths, *, yes: bool) -> int:
     """``k3sagentd leave``."""
     config = load_config(paths)
-    if not leaving.has_left(paths):
-        confirm(leaving.QUESTION, yes=yes)
-        leaving.leave(paths, config, say)
+    with underway.only(paths, leaving.COMMAND):
+        if not leaving.has_left(paths):
+            confirm(leaving.QUESTION, yes=yes)
+            leaving.leave(paths, config, say)
     print("this machine has left; to make a new machine of it: k3sagentd reset")
     return 0
 
@@ -78,16 +99,17 @@ def leave(paths: Paths, *, yes: bool) -> int:
 def repair_addresses(paths: Paths, *, yes: bool) -> int:
     """``k3sagentd repair-addresses``."""
     config = load_config(paths)
-    at = attachment(config.interface)
-    answer = asyncio.run(ControlClient(paths.control).status())
-    repair = repairing.plan(paths, config, at, answer["status"])
-    if repair is None:
-        print("nothing to repair: this machine is no server, or has the address that it had")
-        return 0
-    confirm(repair.question, yes=yes)
-    repairing.carry_out(paths, config, repair.progress, say)
-    if repair.progress.server is None:
-        print("this server is the cluster now; on each other server, one after the other, run:")
-        print("  k3sagentd repair-addresses")
+    with underway.only(paths, repairing.COMMAND):
+        at = attachment(config.interface, config.virtual_ip)
+        daemon = _Daemon(paths)
+        repair = repairing.plan(paths, config, at, daemon.status())
+        if repair is None:
+            repairing.look_anew(paths, daemon)
+            print("nothing to repair: this machine is no server, or has the address that it had")
+            return 0
+        confirm(repair.question, yes=yes)
+        repairing.carry_out(paths, config, repair.progress, daemon, say)
+    if repair.after is not None:
+        print(repair.after)
     print("K3s starts; see how far it is: k3sagentd status")
     return 0

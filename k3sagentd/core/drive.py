@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from k3sagentd.core import guards, leaving, log, names, ranking
 from k3sagentd.core.effects import WriteOrder
-from k3sagentd.core.hello import fixed_urls, has_etcd, k3s_role, own_url
+from k3sagentd.core.hello import fixed_urls, has_etcd, has_moved, k3s_role, own_url
 from k3sagentd.core.k3s import (
     Action,
     Datastore,
@@ -103,13 +103,19 @@ def is_other_role(node: Node) -> bool:
 
 def moved(node: Node) -> str | None:
     """This server's address is not the one that etcd knows it by (K3S.md 8)."""
-    known = node.facts.node_ip if node.facts is not None else None
-    if known is None or node.address in (None, known) or node.k3s.ready or not has_etcd(node):
+    if node.facts is None or not has_moved(node):
         return None
     return (
-        f"etcd knows this server at {known}, its address is {node.address} now; give it back, or "
-        "run k3sagentd repair-addresses here"
+        f"etcd knows this server at {node.facts.node_ip}, its address is {node.address} now; give "
+        "it back, or run k3sagentd repair-addresses here"
     )
+
+
+def unfinished(node: Node) -> str | None:
+    """A command of the operator is half done on this machine: no order is obeyed until it ends."""
+    command = node.facts.unfinished if node.facts is not None else None
+    again = "has not ended here; where it runs no more, run it again"
+    return None if command is None else f"k3sagentd {command} {again}"
 
 
 def init_failure(node: Node, now_s: float) -> str | None:

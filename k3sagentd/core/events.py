@@ -58,6 +58,8 @@ class AddressChanged:
 
     now_s: float
     address: str | None
+    also: tuple[str, ...] = ()
+    """Further addresses that the machine has, on whatever interface."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

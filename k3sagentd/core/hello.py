@@ -13,7 +13,9 @@ from k3sagentd.core.state import Node
 from k3sagentd.core.words import NodePhase, Role
 
 K3S_PORT = 6443
-parts = attrgetter("announced", "site", "durable", "address", "phase", "facts", "drive", "k3s")
+parts = attrgetter(
+    *("announced", "site", "durable", "address", "also", "phase", "facts", "drive", "k3s")
+)
 """The parts of a node that its hello is made of."""
 
 
@@ -43,6 +45,14 @@ def _is_adopted(node: Node) -> bool:
 def has_etcd(node: Node) -> bool:
     """Whether there is a member's data on this machine."""
     return node.facts is not None and node.facts.datastore is Datastore.ETCD
+
+
+def has_moved(node: Node) -> bool:
+    """Whether etcd knows this server by an address that this machine does not have (K3S.md 8)."""
+    known = node.facts.node_ip if node.facts is not None else None
+    if known is None or node.address is None or node.k3s.ready or not has_etcd(node):
+        return False
+    return known != node.address and known not in node.also
 
 
 def server_url(node: Node) -> str | None:
@@ -142,6 +152,7 @@ def own_hello(node: Node) -> Hello:
         adopted=node.facts is not None and node.facts.node_name is not None,
         sound=is_sound(node),
         hardware=node.site.hardware,
+        moved=has_moved(node),
     )
     if before is not None and hello != before:
         return replace(hello, revision=before.revision + 1)

@@ -42,7 +42,9 @@ class Facts:
     on a machine whose K3s is ours or has no data."""
     node_ip: str | None = None
     """With etcd data: the address that K3s is configured with, by which etcd knows this member.
-    None where K3s takes what it finds at each start."""
+    None where K3s takes what it finds at each start, and while a command changes it."""
+    unfinished: str | None = None
+    """The operator's command that was begun on this machine and has not ended, if any."""
 
 
 class Action(StrEnum):

@@ -110,8 +110,8 @@ def _absorb(turn: Turn, event: Event) -> None:
             turn.set(refused=dict(list(refused.items())[-REFUSED_LIMIT:]))
         case MessageReceived(sender=sender, message=message):
             _on_message(turn, sender, message)
-        case AddressChanged(address=address):
-            turn.set(address=address)
+        case AddressChanged(address=address, also=also):
+            turn.set(address=address, also=also)
         case FactsRead(facts=facts):
             drive.on_seen(turn, facts=facts)
         case ResultRead(result=result):

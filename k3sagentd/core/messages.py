@@ -80,6 +80,9 @@ class Hello:
     """Its last order did not fail; who tries again and again is no candidate."""
     hardware: str | None = None
     """A mark of its hardware; of two nodes with one, one is gone."""
+    moved: bool = False
+    """Etcd knows this server by an address that its machine does not have: until that is mended it
+    is no part of a quorum. False also where it is not known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -268,6 +268,8 @@ class Node:
     short_since_s: float | None = None
     """Since when fewer servers are ready than the site should have."""
     address: str | None = None
+    also: tuple[str, ...] = ()
+    """Further addresses that this machine has."""
     storage_failure: str | None = None
     split: str | None = None
     """A peer's log contradicts ours: what must never happen, happened; nobody moves."""

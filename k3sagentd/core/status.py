@@ -44,7 +44,8 @@ def _waiting_for(node: Node, now_s: float) -> str | None:
         return "the facts about this machine's disk (written by k3sagentd facts)"
     if node.address is None:
         return "an address on the network interface"
-    if trouble := drive.moved(node):
+    trouble = drive.unfinished(node) or drive.moved(node)
+    if trouble is not None and node.phase is not NodePhase.READY:
         return f"a person: {trouble}"
     match node.phase:
         case NodePhase.UNCONFIGURED:
@@ -329,6 +330,8 @@ def notes(node: Node, now_s: float) -> list[str]:
     leaving, stays = node.leaving, drive.is_other_role(node)
     if leaving is not None and not (leaving.done or leaving.refused or stays):
         found.append(f"k3sagentd leave, {leaving.step}: waits for {leaving.told or 'a server'}")
+    if node.phase is NodePhase.READY and (half := drive.unfinished(node)):
+        found.append(half)
     result = node.drive.result
     if node.phase is NodePhase.READY and result is not None and result.reason is not None:
         # K3s does its part; the rest of what was ordered is tried again all the same.
@@ -384,11 +387,13 @@ def as_json(node: Node, now_s: float) -> dict[str, Any]:
 
 def _peer_rows(node: Node, now_s: float) -> list[dict[str, Any]]:
     return [
-        _row(peer.hello, 0.0 if peer.up else now_s - peer.heard_s) for peer in node.peers.values()
+        _row(peer.hello, 0.0 if peer.up else max(0.1, now_s - peer.heard_s))
+        for peer in node.peers.values()
     ]
 
 
 def _row(hello: Hello, age_s: float) -> dict[str, Any]:
+    """``age_s`` is 0 for who is heard, and for nobody else."""
     return {
         "id": hello.node,
         "name": hello.node_name or hello.hostname,
@@ -396,4 +401,6 @@ def _row(hello: Hello, age_s: float) -> dict[str, Any]:
         "role": str(hello.k3s_role or hello.role),
         "phase": str(hello.phase),
         "age_s": round(age_s, 1),
+        "member": hello.member,
+        "moved": hello.moved,
     }

@@ -207,6 +207,7 @@ def _differs(before: Node, after: Node) -> bool:
             "steward",
             "leaving",
             "address",
+            "also",
             "phase",
         )
     )

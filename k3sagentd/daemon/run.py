@@ -197,6 +197,11 @@ class Daemon:
         await self.engine.carry_out(InitForced(now_s=time.monotonic()))
         return None
 
+    async def reread(self) -> str | None:
+        """For ``k3sagentd repair-addresses``."""
+        read = await self.drive.look_at_facts()
+        return None if read else "the daemon cannot read the facts about this machine"
+
     async def leave(self, step: str) -> str | None:
         """For ``k3sagentd leave``."""
         wanted = LeaveStep(step)
@@ -251,8 +256,10 @@ class Daemon:
     async def _look_at_address(self) -> addresses.Attachment | None:
         found = addresses.attachment(self._config.interface, self._config.virtual_ip)
         address = found.address if found else None
-        if address != self.engine.node.address:
-            await self.engine.carry_out(AddressChanged(now_s=time.monotonic(), address=address))
+        also = tuple(each for each in addresses.present() if each != address)
+        if (address, also) != (self.engine.node.address, self.engine.node.also):
+            changed = AddressChanged(now_s=time.monotonic(), address=address, also=also)
+            await self.engine.carry_out(changed)
         return found
 
     async def _follow_addresses(self) -> None:

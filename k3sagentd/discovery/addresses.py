@@ -60,6 +60,12 @@ def attachment(
     return None
 
 
+def present() -> list[str]:
+    """All addresses of this machine that others may know it by, on whatever interface."""
+    found = {_plain(ip.ip) for adapter in ifaddr.get_adapters() for ip in adapter.ips}
+    return sorted(str(each) for each in found if not (each.is_link_local or each.is_loopback))
+
+
 def interfaces_v4(name: str) -> list[ipaddress.IPv4Interface]:
     """The IPv4 addresses of interface ``name``, each with its network."""
     return [

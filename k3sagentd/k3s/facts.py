@@ -17,13 +17,14 @@ from pathlib import Path
 from k3sagentd import schema
 from k3sagentd.config import Config, load_config
 from k3sagentd.core.k3s import Datastore, Facts, ServerOrAgent
-from k3sagentd.errors import ConfigError, DataError
+from k3sagentd.errors import ConfigError, DataError, MachineError
 from k3sagentd.files import read_bounded, write_atomically
 from k3sagentd.hardware import Hardware, read_hardware
-from k3sagentd.k3s import flags
+from k3sagentd.k3s import flags, underway
 from k3sagentd.k3s.data import ca_hash, datastore, read_marker
 from k3sagentd.k3s.ownership import is_adopted
 from k3sagentd.k3s.settings import configured, node_ip, node_name, told
+from k3sagentd.k3s.underway import Progress
 from k3sagentd.paths import Paths
 
 log = logging.getLogger(__name__)
@@ -76,6 +77,11 @@ def collect(paths: Paths, config: Config, fsync_ms: float | None = None) -> Fact
     except ConfigError as error:
         log.warning("%s", error)
         all_told = theirs = {}
+    begun = _begun(paths)
+    address = node_ip(all_told)
+    if begun is not None:
+        # What etcd knows and what is configured may be two things: the command knows more.
+        address = begun.was if begun.sure else None
     return Facts(
         datastore=store,
         origin=marker.epoch if marker else None,
@@ -84,8 +90,18 @@ def collect(paths: Paths, config: Config, fsync_ms: float | None = None) -> Fact
         fsync_ms=fsync_ms if fsync_ms is not None else measure_fsync(paths.k3s_data),
         shared_flags=flags.shared({**theirs, **configured(config, theirs)}),
         node_name=node_name(paths, all_told) if is_adopted(paths, config) else None,
-        node_ip=node_ip(all_told) if store is Datastore.ETCD else None,
+        node_ip=address if store is Datastore.ETCD else None,
+        unfinished=begun.command if begun is not None else None,
     )
+
+
+def _begun(paths: Paths) -> Progress | None:
+    """The operator's command that has not ended; of one that cannot be read nothing is sure."""
+    try:
+        return underway.load(paths)
+    except MachineError as error:
+        log.warning("%s", error)
+        return Progress(command="command", step="", sure=False)
 
 
 def measure_fsync(data: Path) -> float | None:

@@ -12,6 +12,7 @@ import re
 import shlex
 import socket
 from collections.abc import Mapping
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -96,9 +97,15 @@ def node_name(paths: Paths, options: Mapping[str, Any]) -> str:
 
 
 def node_ip(options: Mapping[str, Any]) -> str | None:
-    """The first ``node-ip``: the one that etcd is known by (K3S.md 5)."""
+    """The first ``node-ip``: the one that etcd is known by (K3S.md 5), as everybody writes it.
+
+    None where there is none, or what stands there is no address.
+    """
     given = as_list(options.get("node-ip"))
-    return str(given[0]).split(",")[0].strip() or None if given else None
+    try:
+        return str(ip_address(str(given[0]).split(",")[0].strip())) if given else None
+    except ValueError:
+        return None
 
 
 def _certified(certificate: Path) -> str | None:

@@ -13,40 +13,47 @@ import contextlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
-from k3sagentd import site_token
 from k3sagentd.config import Config
 from k3sagentd.core.k3s import Datastore, ServerOrAgent
+from k3sagentd.core.words import NodeId
 from k3sagentd.discovery.addresses import Attachment
-from k3sagentd.errors import ConfigError, MachineError, TimedOutError, UnavailableError
-from k3sagentd.files import fsync_directory, write_atomically
-from k3sagentd.k3s import dropin, underway
-from k3sagentd.k3s.ca import hash_of_cacerts
+from k3sagentd.errors import ConfigError, K3sagentdError, MachineError, UnavailableError
+from k3sagentd.k3s import underway
 from k3sagentd.k3s.data import datastore
 from k3sagentd.k3s.facts import write_facts
-from k3sagentd.k3s.install import method, run
-from k3sagentd.k3s.kube import ConflictError, Kube
-from k3sagentd.k3s.quorum import quorum, removal_trouble
+from k3sagentd.k3s.install import method
+from k3sagentd.k3s.kube import Kube
+from k3sagentd.k3s.quorum import removal_trouble
 from k3sagentd.k3s.underway import Progress
 from k3sagentd.paths import Paths
+from k3sagentd.upkeep import others
+from k3sagentd.upkeep import repair_steps as steps
 from k3sagentd.yaml_files import load, merge
 
 COMMAND = "repair-addresses"
 OURS = "# Written by k3sagentd"
-ASIDE = "etcd.before-repair"
-RESET_TIMEOUT_S = 900.0
-API_TIMEOUT_S = 600.0
-API_POLL_S = 1.0
-STALE_S = 60.0
-"""A Node that is not heard is not ready after 40 s (kube-controller-manager), and some."""
 BY_HAND = (
     "K3s was set up by hand here. By hand: stop K3s; on a server that is ready: kubectl delete "
     "node THIS; here: move server/db/etcd aside, set node-ip, and server to that one; start K3s. "
     "Where no server is ready, first on one of them: k3s server --cluster-reset"
 )
 
+HEARSAY_S = 12.0
+"""What another machine said is held to be so until its silence is noticed (``peer/sockets.py``)."""
+
 Say = Callable[[str], None]
+
+
+class Daemon(Protocol):
+    """This machine's daemon; each raises K3sagentdError where it does not answer."""
+
+    def status(self) -> Mapping[str, Any]:
+        """What ``k3sagentd status --json`` prints."""
+
+    def reread(self) -> None:
+        """Have it take in the facts that root wrote, and tell the others what follows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +62,8 @@ class Repair:
 
     progress: Progress
     question: str
+    after: str | None = None
+    """What people must do when it is done."""
 
 
 # --- what must be done ----------------------------------------------------------------------
@@ -78,17 +87,23 @@ def plan(
         return None
     if status["site"]["phase"] != "sealed":
         raise UnavailableError(f"the site is {status['site']['phase']}, not sealed")
-    first = before or Progress(command=COMMAND, step="", name=str(told["node-name"]))
-    here = replace(first, address=at.address)
-    was = str(told["node-ip"])
-    if first.step in (RESET, START) and first.server is None:
-        return _reset(here, was)  # this server's copy is the cluster: there is nobody else to ask
-    if servers := _ready_servers(status):
-        return _rejoin(paths, here, servers, was)
+    was, name = str(told["node-ip"]), str(told["node-name"])
+    first = before or Progress(command=COMMAND, step="", name=name, was=was)
+    if first.address not in (None, at.address):
+        first = replace(first, step="")  # what was done was for an address that is none any more
+    here = replace(first, address=at.address, node=NodeId(status["node"]["id"]))
+    if first.sure and first.was == at.address:
+        return _undo(here)
+    if first.step == START and first.server is None:
+        if method(config, paths).running():
+            return _alone(here, status)  # this copy may be the cluster by now
+        first = here = replace(here, step=RESET)  # it was to be started, and was not
+    if servers := others.ready(status):
+        return _rejoin(paths, here, servers)
     if first.server is not None:
         raise UnavailableError(f"{first.server}, which this repair began with, is not ready now")
-    _check_unheard(status)
-    return _reset(here, was)
+    others.check_gone(status)
+    return _alone(here, status)
 
 
 def _told(paths: Paths, config: Config) -> dict[str, Any]:
@@ -105,25 +120,7 @@ def _told(paths: Paths, config: Config) -> dict[str, Any]:
     return values
 
 
-def _ready_servers(status: Mapping[str, Any]) -> list[str]:
-    return [
-        f"https://{_bracketed(row['address'])}:6443"
-        for row in _others(status)
-        if row["phase"] == "ready" and row["age_s"] == 0 and row["address"]
-    ]
-
-
-def _others(status: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    own = status["node"]["id"]
-    rows = status["nodes"]
-    return [row for row in rows if row["role"] == "server" and row["id"] != own]
-
-
-def _bracketed(address: str) -> str:
-    return f"[{address}]" if ":" in address else address
-
-
-def _rejoin(paths: Paths, here: Progress, servers: list[str], was: str) -> Repair:
+def _rejoin(paths: Paths, here: Progress, servers: list[str]) -> Repair:
     """Ask the first server that answers; raises UnavailableError where the quorum would go."""
     reasons = []
     for url in servers:
@@ -141,48 +138,49 @@ def _rejoin(paths: Paths, here: Progress, servers: list[str], was: str) -> Repai
         return Repair(
             progress=replace(here, server=url, uid=uid, step=here.step if begun else ""),
             question=(
-                f"This server was {was} and is {here.address} now; etcd knows it by the old one.\n"
+                f"This server {_moved(here)}; etcd knows it by the old one.\n"
                 f"K3s stops here, {url} forgets this member, and K3s joins\n"
-                f"there as a new one; its data of etcd is moved aside ({ASIDE}). The\n"
+                f"there as a new one; its data of etcd is moved aside ({steps.ASIDE}). The\n"
                 "cluster goes on meanwhile."
             ),
         )
     raise UnavailableError("; ".join(reasons))
 
 
-def _check_unheard(status: Mapping[str, Any]) -> None:
-    """Raise UnavailableError while the servers that are not heard could be a quorum elsewhere."""
-    others = _others(status)
-    heard = [row for row in others if row["age_s"] == 0 and row["phase"] != "ready"]
-    silent = [row for row in others if row["age_s"] > 0]
-    roster = status["site"].get("roster")
-    known = {status["node"]["id"], *(row["id"] for row in others)}
-    if roster is None:
-        total = max(len(known), int(status["site"]["servers"]))
-    else:
-        total = len(known | set(roster))
-    unheard = total - 1 - len(heard)
-    if unheard < quorum(total):
-        return
-    names = [f"{row['name']} ({row['address'] or 'no address'})" for row in silent]
-    if unheard > len(silent):
-        names.append(f"{unheard - len(silent)} of which nothing is known")
-    raise UnavailableError(
-        f"no server is ready, and {unheard} of {total} are not heard: they may be a quorum of the "
-        f"cluster somewhere else. Not heard: {', '.join(names)}. Power them on, or mend the network"
+def _alone(here: Progress, status: Mapping[str, Any]) -> Repair:
+    missing = others.silent(status)
+    warning = (
+        f"\nNot heard: {', '.join(missing)}.\n"
+        "If one of them was repaired before, or is up unheard, there are two clusters for good."
     )
-
-
-def _reset(here: Progress, was: str) -> Repair:
     return Repair(
         progress=here,
         question=(
-            f"This server was {was} and is {here.address} now, and no server of the cluster is\n"
+            f"This server {_moved(here)}, and no server of the cluster is\n"
             "ready. The copy of the cluster on THIS machine becomes the cluster; what only others\n"
             "had committed is lost. Choose the server that was up last, and do this on that one\n"
             "only. The other servers join it afterwards, by the same command, one after the other."
+            + (warning if missing else "")
+        ),
+        after=(
+            "this server is the cluster now; on each other server, one after the other, run:\n"
+            "  k3sagentd repair-addresses"
         ),
     )
+
+
+def _undo(here: Progress) -> Repair:
+    return Repair(
+        progress=replace(here, server=None, step=""),
+        question=(
+            f"This server has the address again that etcd knows it by, {here.was}. What was\n"
+            "begun is undone, and K3s starts as the member that it was."
+        ),
+    )
+
+
+def _moved(here: Progress) -> str:
+    return f"was {here.was or 'at another address'} and is {here.address} now"
 
 
 # --- doing it -------------------------------------------------------------------------------
@@ -197,131 +195,92 @@ JOIN = "wait until it has joined"
 FORGET = "wait for it, and forget the other servers' Nodes, which are no members now"
 
 
-def carry_out(paths: Paths, config: Config, progress: Progress, say: Say) -> None:
-    """Do what is left to do, keeping each step; raises K3sagentdError."""
+def carry_out(paths: Paths, config: Config, progress: Progress, daemon: Daemon, say: Say) -> None:
+    """Do what is left to do, keeping each step; raises K3sagentdError.
+
+    Nothing was looked at while the operator thought: what the plan rests on is checked again before
+    anything is done, and directly before RESET.
+    """
     doing: dict[str, Callable[[Progress], None]] = {
         STOP: lambda _: method(config, paths).stop(),
-        REMOVE: lambda p: _remove(paths, p),
-        MOVE: lambda _: _move_aside(paths),
-        WRITE: lambda p: _write(paths, config, p),
-        RESET: lambda _: _cluster_reset(paths, config),
+        REMOVE: lambda p: steps.remove(paths, p),
+        MOVE: lambda _: steps.move_aside(paths),
+        WRITE: lambda p: steps.write(paths, config, p),
+        RESET: lambda p: _reset(paths, config, p, daemon),
         START: lambda _: method(config, paths).start(ServerOrAgent.SERVER),
-        JOIN: lambda _: _await_member(paths),
-        FORGET: lambda p: _forget_others(paths, p, late=late),
+        JOIN: lambda _: steps.await_member(paths),
+        FORGET: lambda p: steps.forget_others(paths, p, late=late),
     }
-    steps = [STOP, WRITE, RESET, START, FORGET]
-    if progress.server is not None:
-        steps = [STOP, REMOVE, MOVE, WRITE, START, JOIN]
-    done = steps.index(progress.step) + 1 if progress.step in steps else 0
+    back = progress.sure and progress.address == progress.was
+    way = [STOP, REMOVE, MOVE, WRITE, START, JOIN]
+    if progress.server is None:
+        way = [STOP, WRITE, START] if back else [STOP, WRITE, RESET, START, FORGET]
     late = progress.step == START
+    if progress.server is None and not (back or late):
+        _check_alone(progress, daemon)
     underway.save(paths, progress)
-    for step in steps[done:]:
+    for step in _left(way, progress.step):
         say(step)
         with underway.alone(paths):
+            if step in (REMOVE, RESET):
+                progress = _tell(paths, replace(progress, sure=False), daemon)
+            if step == START:
+                progress = underway.save(paths, replace(progress, step=step))
             doing[step](progress)
-        underway.save(paths, replace(progress, step=step))
-    with contextlib.suppress(ConfigError, OSError):
-        write_facts(paths)
+        if step != way[-1]:
+            progress = underway.save(paths, replace(progress, step=step))
     underway.clear(paths)
+    look_anew(paths, daemon)
 
 
-def _remove(paths: Paths, progress: Progress) -> None:
-    """Delete our own Node there, and with it our member; gone is fine."""
-    assert progress.server is not None, "only asked where there is one"
-    kube = Kube(paths, progress.server)
-    nodes = kube.nodes()
-    own = next((each for each in nodes if each.node.name == progress.name), None)
-    if own is None:
-        return
-    if own.node.uid != progress.uid:
-        raise MachineError(
-            f"the Node {own.node.name} at {progress.server} is not the one that this machine had: "
-            "another machine has taken its name"
+def _left(way: list[str], done: str) -> list[str]:
+    """What is left to do after ``done``.
+
+    START is kept before it is done: from then on K3s may run, with what this machine has. So it is
+    done again, and nothing before it. RESET is done again until then, with all that is checked
+    before it: what it made has never run.
+    """
+    if done in (RESET, START):
+        return way[way.index(done) :]
+    return way[way.index(done) + 1 if done in way else 0 :]
+
+
+def look_anew(paths: Paths, daemon: Daemon) -> None:
+    """What is on the disk now, for the daemon, so that it says what is so; as far as it can."""
+    with contextlib.suppress(K3sagentdError, OSError):
+        write_facts(paths)
+        daemon.reread()
+
+
+def _tell(paths: Paths, progress: Progress, daemon: Daemon) -> Progress:
+    """Keep ``progress`` and have the daemon tell the others what follows; raises K3sagentdError."""
+    underway.save(paths, progress)
+    write_facts(paths)
+    daemon.reread()
+    return progress
+
+
+def _check_alone(progress: Progress, daemon: Daemon) -> None:
+    """Raise UnavailableError unless this server's copy may be made the cluster now."""
+    status = daemon.status()
+    if status["node"]["address"] != progress.address:
+        raise UnavailableError(
+            f"this machine's address is {status['node']['address']} now, it was "
+            f"{progress.address} when this began; run it again"
         )
-    if trouble := removal_trouble([each.node for each in nodes], own.node.name):
-        raise UnavailableError(trouble)
-    kube.delete_node(own)
+    others.check_gone(status)
 
 
-def _move_aside(paths: Paths) -> None:
-    etcd = paths.k3s_data / "server/db/etcd"
-    if not etcd.exists():
-        return
-    number, aside = 2, etcd.with_name(ASIDE)
-    while aside.exists():
-        aside, number = etcd.with_name(f"{ASIDE}-{number}"), number + 1
-    etcd.rename(aside)
-    fsync_directory(etcd.parent)
+def _reset(paths: Paths, config: Config, progress: Progress, daemon: Daemon) -> None:
+    """Make this copy the cluster, unless another server may be it by now.
 
-
-def _write(paths: Paths, config: Config, progress: Progress) -> None:
-    """Our drop-in with the new address, and where to join; no join trusts on first use."""
-    values = load(paths.dropin)
-    was, now = values["node-ip"], progress.address
-    names = values.get("tls-san")
-    names = names if isinstance(names, list) else [names] if names else []
-    values["tls-san"] = list(dict.fromkeys([now, *(each for each in names if each != was)]))
-    values["node-ip"] = now
-    for key in ("cluster-init", "server"):
-        values.pop(key, None)
-    if progress.server is not None:
-        values["server"] = progress.server
-        if not paths.k3s_token.read_text().startswith("K10"):
-            ca = hash_of_cacerts((paths.k3s_data / "server/tls/server-ca.crt").read_bytes())
-            token = site_token.load(config.token_file).decode()
-            write_atomically(paths.k3s_token, f"K10{ca}::server:{token}\n".encode(), mode=0o600)
-    write_atomically(paths.dropin, dropin.render(values), mode=0o600)
-
-
-def _cluster_reset(paths: Paths, config: Config) -> None:
-    """K3s's documented way; its flag of an attempt that was cut off goes first, as it asks for.
-
-    K3s, pkg/etcd/etcd.go Reset: sets the flag, starts etcd as a cluster of its own, ends with 0.
+    The others were told before that this server is no bystander any more. Of two on which this is
+    done at once, each hears that of the other, and neither goes on.
     """
-    (paths.k3s_data / "server/db/reset-flag").unlink(missing_ok=True)
-    run(
-        [str(config.install.binary), "server", "--cluster-reset"],
-        timeout_s=RESET_TIMEOUT_S,
-        what="k3s server --cluster-reset",
-    )
-
-
-def _await_member(paths: Paths) -> None:
-    """Until K3s has data of etcd again: before that it looks like no server at all."""
-    deadline = time.monotonic() + API_TIMEOUT_S
-    while datastore(paths.k3s_data) is not Datastore.ETCD:
-        if time.monotonic() > deadline:
-            raise TimedOutError("K3s has not joined yet (journalctl -u k3s); run it again")
-        time.sleep(API_POLL_S)
-
-
-def _forget_others(paths: Paths, progress: Progress, *, late: bool) -> None:
-    """Delete the Nodes of the servers that are no members any more; each joins as a new one.
-
-    Those are all that were there when K3s came up. Where we look ``late``, after a kill, some may
-    have joined since: then those that are not ready once that can be told.
-    """
-    if late:
-        time.sleep(STALE_S)
-    stale: set[str] | None = None
-    deadline = time.monotonic() + API_TIMEOUT_S
-    while True:
-        try:
-            kube = Kube(paths)
-            others = [
-                each
-                for each in kube.nodes()
-                if each.node.server and each.node.name != progress.name
-            ]
-            if stale is None:
-                stale = {each.node.uid for each in others if not (late and each.node.ready)}
-            for each in others:
-                if each.node.uid in stale:
-                    kube.delete_node(each)
-            return
-        except ConflictError:
-            pass  # its state was written meanwhile
-        except MachineError as error:
-            if time.monotonic() > deadline:
-                raise TimedOutError(f"K3s is not ready here: {error}; run it again") from error
-        time.sleep(API_POLL_S)
+    try:
+        time.sleep(HEARSAY_S)
+        _check_alone(progress, daemon)
+    except (UnavailableError, KeyboardInterrupt):
+        _tell(paths, replace(progress, sure=True), daemon)
+        raise
+    steps.cluster_reset(paths, config)

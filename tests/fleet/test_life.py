@@ -128,8 +128,10 @@ def test_all_five_in_the_dark_and_every_address_is_another(site: Fleet) -> None:
     # Servers say what is wrong, and nobody does anything about it: not with the data, not at all.
     def waits(views: dict[str, dict]) -> bool:
         asks = [views[m.name]["node"]["waiting_for"] for m in servers if m.name in views]
-        return len([line for line in asks if "etcd knows this server" in str(line)]) == 3 and all(
-            view["site"]["seen"] == 5 for view in views.values()
+        return (
+            len([line for line in asks if "etcd knows this server" in str(line)]) == 3
+            and all(view["site"]["seen"] == 5 for view in views.values())
+            and sum(row["moved"] for row in views[servers[0].name]["nodes"]) == 3
         )
 
     with timed("all five off and on at other addresses: the servers say what is wrong"):

@@ -16,26 +16,29 @@ from tests.unit.machine import Server, row, status
 
 CALLS = "rename,renameat,renameat2,rmdir,unlink,unlinkat"
 RUN = """
-import json, sys
+import json, os, sys
 from pathlib import Path
 from k3sagentd.config import load_config
 from k3sagentd.k3s import install
 from k3sagentd.k3s.kube import Kube
 from k3sagentd.paths import Paths
-from k3sagentd.upkeep import repair, reset
+from k3sagentd.upkeep import repair, repair_steps, reset
 from tests.unit.machine import AT
+from tests.unit.repairing import Hears
 what, root, url, view = sys.argv[1:]
 paths = Paths(Path(root))
 install.PATH = f"{root}/bin:{install.PATH}"
-repair.STALE_S = 0.0
-repair.Kube = lambda paths, _="": Kube(paths, url)
+os.environ["PATH"] = install.PATH
+repair.HEARSAY_S = repair_steps.STALE_S = 0.0
+repair.Kube = repair_steps.Kube = lambda paths, _="": Kube(paths, url)
 config = load_config(paths)
 if what == "reset":
     reset.reset(paths, config, print)
 else:
-    found = repair.plan(paths, config, AT, json.loads(view))
+    daemon = Hears(paths, json.loads(view))
+    found = repair.plan(paths, config, AT, daemon.status())
     if found is not None:
-        repair.carry_out(paths, config, found.progress, print)
+        repair.carry_out(paths, config, found.progress, daemon, print)
 """
 
 
@@ -93,7 +96,7 @@ class Machine(Server):
 VIEWS = {
     "reset": status(),
     "rejoin": status(row(2, phase="ready"), row(3, phase="ready")),
-    "alone": status(row(2), row(3)),
+    "alone": status(row(2, moved=True), row(3, moved=True)),
 }
 STEPS: dict[str, Callable[[Machine], bool]] = {
     "reset": lambda m: not m.paths.k3s_data.exists() and not m.paths.left.exists(),

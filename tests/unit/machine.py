@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """A root directory that looks like an installed server, with a systemctl and a k3s of its own."""
 
+import asyncio
 import hashlib
 import json
+import threading
 from pathlib import Path
 
+from k3sagentd.control import ControlServer
 from k3sagentd.core.words import NodeId
 from k3sagentd.discovery.addresses import Attachment
 from k3sagentd.k3s import dropin
@@ -15,12 +18,13 @@ AT = Attachment("eth0", 2, NEW)
 ME = NodeId("a" * 32)
 SYSTEMCTL = """#!/bin/sh
 cd {root}
-echo "$@" >> said
+case "$*" in is-active*) ;; *) echo "$@" >> said ;; esac
 case "$*" in
 "start --no-block k3s.service")
     touch active
     mkdir -p var/lib/rancher/k3s/server/db/etcd/member/wal ;;
 "disable --now k3s.service") rm -f active ;;
+is-active*) [ -e active ] && echo active ;;
 esac
 """
 K3S = """#!/bin/sh
@@ -107,7 +111,15 @@ class Server:
         return found
 
 
-def row(number: int, *, phase: str = "joining", age_s: float = 0.0, role: str = "server") -> dict:
+def row(
+    number: int,
+    *,
+    phase: str = "joining",
+    age_s: float = 0.0,
+    role: str = "server",
+    moved: bool = False,
+    member: bool | None = None,
+) -> dict:
     """A line of the daemon's status."""
     return {
         "id": f"{number:x}" * 32,
@@ -116,6 +128,8 @@ def row(number: int, *, phase: str = "joining", age_s: float = 0.0, role: str = 
         "role": role,
         "phase": phase,
         "age_s": age_s,
+        "moved": moved,
+        "member": role == "server" if member is None else member,
     }
 
 
@@ -126,5 +140,53 @@ def status(*others: dict, servers: int = 3, roster: list[str] | None = None) -> 
     if roster is not None:
         site["roster"] = roster
     return json.loads(
-        json.dumps({"site": site, "node": {"id": ME, "name": "n1"}, "nodes": [own, *others]})
+        json.dumps(
+            {
+                "site": site,
+                "node": {"id": ME, "name": "n1", "address": NEW},
+                "nodes": [own, *others],
+            }
+        )
     )
+
+
+class Daemon:
+    """Answers at the control socket, and notes what the machine was like then."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self.view = status(row(2, moved=True))
+        self.rereads = 0
+        self.errors: dict[str, str] = {}
+        self.asked: list[tuple[str, bool]] = []
+
+    async def status(self, after: int, wait_s: float) -> dict:
+        return {"rev": 1, "status": self.view}
+
+    def registration(self) -> None:
+        return None
+
+    async def force(self) -> str | None:
+        return "this node sees two clusters"
+
+    async def reread(self) -> str | None:
+        self.rereads += 1
+        return self.errors.get("reread")
+
+    async def leave(self, step: str) -> str | None:
+        self.asked.append((step, (self._server.paths.root / "active").exists()))
+        return self.errors.get(step)
+
+    def __enter__(self) -> "Daemon":
+        self._loop = asyncio.new_event_loop()
+        self._control = ControlServer(self._server.paths.control, self)
+        self._loop.run_until_complete(self._control.start())
+        self._thread = threading.Thread(target=self._loop.run_forever)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        asyncio.run_coroutine_threadsafe(self._control.stop(), self._loop).result(10)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()

@@ -83,7 +83,8 @@ def _certificate(name: str) -> bytes:
 @pytest.mark.parametrize(
     ("given", "found"),
     [(None, None), ("10.0.0.1", "10.0.0.1"), ("10.0.0.1,fd00::1", "10.0.0.1"),
-     (["10.0.0.2", "fd00::1"], "10.0.0.2"), ([], None), ("", None)],
+     (["10.0.0.2", "fd00::1"], "10.0.0.2"), ([], None), ("", None), ("FD00:0::1", "fd00::1"),
+     ("10.0.0", None)],
 )  # fmt: skip
 def test_etcd_knows_the_first_address(given: object, found: str | None) -> None:
     assert settings.node_ip({"node-ip": given}) == found
