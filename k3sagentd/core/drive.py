@@ -245,6 +245,8 @@ def may_initialise(node: Node) -> bool:
 
 def _join(turn: Turn) -> None:
     node = turn.node
+    if _is_stepping_down(node, turn.now_s):
+        return  # whatever the roster says by now: root is putting the data aside
     if is_member(node):
         founds = node.is_init and k3s_role(node) is ServerOrAgent.SERVER
         action = Action.INIT if founds and not ready_urls(node) else Action.JOIN
@@ -268,6 +270,12 @@ def _join(turn: Turn) -> None:
         _ensure(turn, Action.JOIN)
         if is_kept_out(turn.node, turn.now_s):
             ask(turn)
+
+
+def _is_stepping_down(node: Node, now_s: float) -> bool:
+    drive = node.drive
+    running = drive.outcome is Outcome.RUNNING and now_s < drive.ordered_s + ORDER_TIMEOUT_S
+    return running and drive.order is not None and drive.order.action is Action.STEP_DOWN
 
 
 def _is_down(node: Node, now_s: float) -> bool:
