@@ -20,6 +20,10 @@ SIZE_LIMIT_BYTES = 1024 * 1024
 SUFFIXES = (".yaml", ".yml")
 """Of drop-ins; the conditions of ``k3sagentd.service`` name the same."""
 
+OPTION = "a text, a number, true or false, or a list of these"
+"""What K3s takes as the value of an option: it makes command line arguments of its files (K3s,
+pkg/configfilearg), and anything else becomes an argument that means nothing."""
+
 
 class _Loader(yaml.SafeLoader):
     """Refuses a key that stands twice: PyYAML keeps the last, and nobody sees it."""
@@ -42,6 +46,12 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
 
 
 _Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
+
+
+def is_option(value: Any) -> bool:
+    """Whether K3s takes ``value``, which stands in YAML, as that of an option: ``OPTION``."""
+    items = value if isinstance(value, list) else [value]
+    return all(isinstance(item, str | int | float) for item in items)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every bad input of the configuration: which file, which key, what was found, what is allowed."""
 
+import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from k3sagentd.config import load_config
 from k3sagentd.core.words import Role
@@ -44,6 +46,11 @@ BAD = {
     "nodes: 5\nk3s: {cluster-init: true}": "allowed: any K3s option but cluster-init",
     "nodes: 5\nk3s: {server: 'https://a'}": "allowed: any K3s option but server",
     "nodes: 5\nk3s: {token: x}": "allowed: any K3s option but token",
+    "nodes: 5\nk3s: {node-label: {zone: a}}": "k3s.node-label is {'zone': 'a'}; allowed: a text, a",
+    "nodes: 5\nk3s: {node-label+: [{zone: a}]}": "k3s.node-label+ is [{'zone': 'a'}]; allowed: ",
+    "nodes: 5\nk3s: {kubelet-arg: [[a]]}": "k3s.kubelet-arg is [['a']]; allowed: a text, a number,",
+    "nodes: 5\nk3s: {debug: }": "k3s.debug is None; allowed: a text, a number, true or false",
+    "nodes: 5\nk3s: {pause-image: 2025-01-01}": "k3s.pause-image is 2025-01-01; allowed: a text, a",
     "nodes: [": "allowed: valid YAML",
     "- 5": "the file is list; allowed: a mapping",
 }
@@ -100,4 +107,19 @@ def test_an_error_in_a_dropin_names_the_dropin(tmp_path: Path) -> None:
     write(tmp_path, "nodes: 3\n")
     path = write(tmp_path, "servers: 4\n", "config.yaml.d/10.yaml")
     with pytest.raises(ConfigError, match=str(path)):
+        load_config(Paths(tmp_path))
+
+
+def test_what_k3s_takes_as_an_option_is_taken(tmp_path: Path) -> None:
+    options = {"node-label": ["a=b", "c=d"], "disable": "traefik", "debug": True, "v": 3}
+    options["kubelet-arg"] = [5, 0.5, False]
+    options["node-taint"] = []
+    write(tmp_path, yaml.safe_dump({"nodes": 5, "k3s": options}))
+    assert load_config(Paths(tmp_path)).k3s == options
+
+
+def test_an_option_in_a_drop_in_names_that_file(tmp_path: Path) -> None:
+    write(tmp_path, "nodes: 5\n")
+    dropin = write(tmp_path, "k3s: {node-label: {zone: a}}\n", "config.yaml.d/10-zone.yaml")
+    with pytest.raises(ConfigError, match=re.escape(f"{dropin}: k3s.node-label is ")):
         load_config(Paths(tmp_path))

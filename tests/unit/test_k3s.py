@@ -13,7 +13,7 @@ from k3sagentd.config import load_config
 from k3sagentd.core.k3s import Action, Datastore, Order, Outcome, ServerOrAgent
 from k3sagentd.discovery.addresses import Attachment
 from k3sagentd.errors import ConfigError, MachineError
-from k3sagentd.k3s import dropin, flags
+from k3sagentd.k3s import dropin, facts, flags
 from k3sagentd.k3s.apply import apply
 from k3sagentd.k3s.ca import hash_of_cacerts
 from k3sagentd.k3s.data import MARKER, datastore
@@ -242,6 +242,23 @@ def test_what_is_on_the_disk_is_told_apart(paths: Paths) -> None:
     assert datastore(paths.k3s_data) is Datastore.AGENT
     data(paths, None)
     assert datastore(paths.k3s_data) is Datastore.ETCD
+
+
+def test_an_operators_list_that_is_none_is_named(paths: Paths) -> None:
+    paths.k3s_config.write_text("node-label: {zone: a}\n")
+    with pytest.raises(ConfigError, match=r"k3s/config.yaml: node-label is .*; allowed: a text, a"):
+        write(paths, INIT)
+    paths.k3s_config.unlink()
+    write(paths, INIT)
+    (paths.dropin.parent / "99.yaml").write_text("tls-san: [[a]]\n")
+    with pytest.raises(ConfigError, match=r"99.yaml: tls-san is \[\['a'\]\]; allowed: a text"):
+        dropin.check(INIT, None, paths)
+
+
+def test_facts_can_be_told_of_any_yaml(paths: Paths) -> None:
+    paths.k3s_config.write_text("cluster-domain: 2025-01-01\ndisable: {a: [2025-01-01]}\n")
+    found = facts.collect(paths, load_config(paths)).shared_flags
+    assert found == {"cluster-domain": '"2025-01-01"', "disable": '{"a": ["2025-01-01"]}'}
 
 
 # --- small things ---------------------------------------------------------------------------
