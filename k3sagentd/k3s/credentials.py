@@ -28,7 +28,7 @@ from k3sagentd.errors import HopelessError, MachineError
 from k3sagentd.files import read_bounded
 from k3sagentd.k3s.ca import hash_of_cacerts
 from k3sagentd.k3s.data import datastore
-from k3sagentd.k3s.trust import insecure, trusting
+from k3sagentd.k3s.trust import NO_ANSWER, insecure, trusting
 from k3sagentd.paths import Paths
 from k3sagentd.site_token import Tokens
 
@@ -91,7 +91,7 @@ def is_stuck(role: ServerOrAgent) -> bool:
             return False
     except urllib.error.HTTPError:
         return False
-    except (urllib.error.URLError, OSError):
+    except NO_ANSWER:
         return True
 
 
@@ -259,7 +259,7 @@ def _status(request: urllib.request.Request, context: ssl.SSLContext) -> int:
             status: int = response.status
     except urllib.error.HTTPError as error:
         return error.code
-    except (urllib.error.URLError, OSError) as error:
+    except NO_ANSWER as error:
         reason = getattr(error, "reason", error)
         raise MachineError(f"{request.host} cannot be asked: {reason}") from error
     return status
@@ -270,7 +270,7 @@ def _trusting(url: str, ca_hash: str) -> ssl.SSLContext:
     try:
         with _opener(insecure()).open(f"{url}/cacerts", timeout=TIMEOUT_S) as response:
             body = response.read(CACERTS_LIMIT_BYTES)
-    except (urllib.error.URLError, OSError) as error:
+    except NO_ANSWER as error:
         raise MachineError(f"{url} cannot be reached: {getattr(error, 'reason', error)}") from error
     if (found := hash_of_cacerts(body)) != ca_hash:
         raise MachineError(f"{url} has CA {found}, but the site's is {ca_hash}")

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -19,12 +18,13 @@ from pathlib import Path
 from k3sagentd import keys, membership, site_token
 from k3sagentd.config import Config, load_config
 from k3sagentd.core.k3s import Datastore
-from k3sagentd.errors import K3sagentdError, MachineError
+from k3sagentd.errors import K3sagentdError, MachineError, fault
 from k3sagentd.files import wipe, write_atomically
 from k3sagentd.identity import node_id_in
 from k3sagentd.k3s.credentials import HEALTHZ, HEALTHZ_TIMEOUT_S
 from k3sagentd.k3s.data import datastore
 from k3sagentd.k3s.install import Method, method
+from k3sagentd.k3s.trust import NO_ANSWER
 from k3sagentd.paths import Paths
 
 log = logging.getLogger(__name__)
@@ -50,6 +50,9 @@ def forget(paths: Paths) -> None:
     except (K3sagentdError, OSError) as error:
         reason = str(error)
         log.warning("the token is not wiped: %s", reason)
+    except Exception as error:
+        reason = fault(error)
+        log.exception("the token is not wiped")
     write_atomically(paths.forget_result, reason.encode(), durable=False)
 
 
@@ -90,7 +93,7 @@ def _check_agent(paths: Paths, install: Method) -> None:
     try:
         with urllib.request.urlopen(HEALTHZ, timeout=HEALTHZ_TIMEOUT_S) as response:  # noqa: S310
             status = response.status
-    except (urllib.error.URLError, OSError) as error:
+    except NO_ANSWER as error:
         raise MachineError(f"the kubelet does not answer: {error}") from error
     if status != 200:
         raise MachineError(f"the kubelet answers {status}")

@@ -13,7 +13,6 @@ import os
 import shutil
 import subprocess
 import tempfile
-import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Protocol
@@ -23,6 +22,7 @@ from k3sagentd.config import Config
 from k3sagentd.core.k3s import Order, ServerOrAgent
 from k3sagentd.errors import ConfigError, MachineError
 from k3sagentd.k3s import supervise
+from k3sagentd.k3s.trust import NO_ANSWER
 from k3sagentd.paths import Paths
 
 SCRIPT_LIMIT_BYTES = 4 * 1024 * 1024
@@ -180,7 +180,7 @@ class Script:
                 if not response.geturl().startswith(("https://", "file://")):
                     raise MachineError(f"{source} leads to {response.geturl()}, which is not https")
                 data: bytes = response.read(SCRIPT_LIMIT_BYTES + 1)
-        except (urllib.error.URLError, OSError) as error:
+        except NO_ANSWER as error:
             reason = getattr(error, "reason", error)
             raise MachineError(f"cannot download {source}: {reason}") from error
         if not 0 < len(data) <= SCRIPT_LIMIT_BYTES:
@@ -192,14 +192,7 @@ class Script:
 
     def running(self) -> bool:
         """Whether one of the units is active or on its way."""
-        states = subprocess.run(
-            ["systemctl", "is-active", "k3s.service", "k3s-agent.service"],
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=SYSTEMCTL_TIMEOUT_S,
-        ).stdout.split()
-        return any(state in ("active", "activating", "reloading") for state in states)
+        return _are_active(["k3s.service", "k3s-agent.service"])
 
     def start(self, role: ServerOrAgent, *, at_boot: bool = True) -> None:
         """Enable and start; a start that blocks (K3S.md 6) is not waited for.
@@ -246,6 +239,21 @@ class Script:
 
 def _unit(role: ServerOrAgent) -> str:
     return "k3s.service" if role is ServerOrAgent.SERVER else "k3s-agent.service"
+
+
+def _are_active(names: list[str]) -> bool:
+    """Whether one of the units is active or on its way; raises MachineError."""
+    try:
+        said = subprocess.run(
+            ["systemctl", "is-active", *dict.fromkeys(names)],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=SYSTEMCTL_TIMEOUT_S,
+        ).stdout
+    except subprocess.TimeoutExpired as error:
+        raise MachineError(f"systemctl took longer than {SYSTEMCTL_TIMEOUT_S:.0f} s") from error
+    return any(state in ("active", "activating", "reloading") for state in said.split())
 
 
 def _version(binary: Path) -> str | None:

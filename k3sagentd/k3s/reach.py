@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 from k3sagentd.errors import MachineError
 from k3sagentd.k3s.ca import hash_of_cacerts
-from k3sagentd.k3s.trust import insecure, trusting
+from k3sagentd.k3s.trust import NO_ANSWER, insecure, trusting
 
 HEAD_START_S = 2.0
 """How long a preferred address may keep the next one waiting: what a loaded Pi needs for TLS."""
@@ -102,7 +102,7 @@ def fetch_cacerts(url: str) -> bytes:
             return body
     except urllib.error.HTTPError as error:
         raise MachineError(f"{url} answers {error.code}") from error
-    except (urllib.error.URLError, OSError) as error:
+    except NO_ANSWER as error:
         reason = getattr(error, "reason", error)
         raise MachineError(f"{url} cannot be reached: {reason}") from error
 

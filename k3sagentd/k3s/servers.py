@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import urllib.error
 import urllib.request
 from urllib.parse import urlsplit
 
@@ -14,7 +13,7 @@ from k3sagentd.k3s import reach
 from k3sagentd.k3s.change_role import is_change
 from k3sagentd.k3s.data import datastore, is_removed
 from k3sagentd.k3s.order import check_url
-from k3sagentd.k3s.trust import insecure
+from k3sagentd.k3s.trust import NO_ANSWER, insecure
 from k3sagentd.k3s.work import Work
 from k3sagentd.yaml_files import merge
 
@@ -68,5 +67,5 @@ def pings() -> bool:
         with urllib.request.urlopen(PING, timeout=PING_TIMEOUT_S, context=context) as response:
             pong: bytes = response.read(16)
             return pong == b"pong"
-    except (urllib.error.URLError, OSError):
+    except NO_ANSWER:
         return False

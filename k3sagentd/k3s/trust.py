@@ -3,7 +3,11 @@
 
 from __future__ import annotations
 
+import http.client
 import ssl
+
+NO_ANSWER = (OSError, http.client.HTTPException)
+"""What ``urllib`` raises where nobody answers, or not in HTTP: its own errors are OSErrors."""
 
 
 def insecure() -> ssl.SSLContext:
