@@ -21,8 +21,9 @@ from k3sagentd import systemd
 from k3sagentd.config import Config
 from k3sagentd.core.k3s import Order, ServerOrAgent
 from k3sagentd.errors import ConfigError, MachineError
-from k3sagentd.k3s import supervise
+from k3sagentd.k3s import supervise, units
 from k3sagentd.k3s.trust import NO_ANSWER
+from k3sagentd.k3s.units import STANDARD
 from k3sagentd.paths import Paths
 
 SCRIPT_LIMIT_BYTES = 4 * 1024 * 1024
@@ -150,7 +151,7 @@ class Script:
                 environment=environment,
                 what="the install script",
             )
-        unit = self._paths.root / f"etc/systemd/system/{_unit(order.role)}"
+        unit = self._paths.root / "etc/systemd/system" / STANDARD[order.role]
         if not unit.exists():
             raise MachineError(f"the install script ended well but made no {unit}")
 
@@ -192,41 +193,43 @@ class Script:
 
     def running(self) -> bool:
         """Whether one of the units is active or on its way."""
-        return _are_active(["k3s.service", "k3s-agent.service"])
+        return _are_active([*STANDARD.values(), *units.find(self._paths)])
 
     def start(self, role: ServerOrAgent, *, at_boot: bool = True) -> None:
-        """Enable and start; a start that blocks (K3S.md 6) is not waited for.
+        """Enable and start; a start that blocks (K3S.md 6) is not waited for, and of what runs
+        already it is none.
 
-        The other role's unit is disabled: two of them would fight for one machine at each boot.
+        The other role's unit is stopped and disabled: two of them would fight for one machine.
+        Where the boot is left as it is, it is the unit that is there, by whatever name.
         """
         _systemctl("daemon-reload")
-        if at_boot:
-            other = next(each for each in ServerOrAgent if each is not role)
-            if self._has_unit(other):
-                _systemctl("disable", _unit(other))
-            _systemctl("enable", _unit(role))
-        _systemctl("start", "--no-block", _unit(role))
+        if not at_boot:
+            _systemctl("start", "--no-block", units.name_of(self._paths, role))
+            return
+        other = next(each for each in ServerOrAgent if each is not role)
+        if self._has_unit(other):
+            _systemctl("disable", "--now", STANDARD[other])
+        _systemctl("enable", STANDARD[role])
+        _systemctl("start", "--no-block", STANDARD[role])
 
     def restart(self, role: ServerOrAgent) -> None:
         """Restart the unit."""
-        _systemctl("enable", _unit(role))
-        _systemctl("restart", "--no-block", _unit(role))
+        _systemctl("enable", STANDARD[role])
+        _systemctl("restart", "--no-block", STANDARD[role])
 
     def stop(self) -> None:
-        """Disable and stop both units, as far as they exist."""
-        for role in ServerOrAgent:
-            if self._has_unit(role):
-                _systemctl("disable", "--now", _unit(role))
-                # How it ended does not degrade the system; who is not loaded has not failed.
-                with contextlib.suppress(MachineError):
-                    _systemctl("reset-failed", _unit(role))
-        killall = self._paths.root / "usr/local/bin/k3s-killall.sh"
-        if killall.exists():
+        """Disable and stop every unit that runs K3s, by whatever name."""
+        for unit in units.find(self._paths):
+            _systemctl("disable", "--now", unit)
+            # How it ended does not degrade the system; who is not loaded has not failed.
+            with contextlib.suppress(MachineError):
+                _systemctl("reset-failed", unit)
+        for killall in units.programs(self._paths, "k3s-killall.sh"):
             run([str(killall)], timeout_s=SYSTEMCTL_TIMEOUT_S, what="k3s-killall.sh")
 
     def halt(self) -> None:
         """Stop the server's unit; its containers outlive it (KillMode=process)."""
-        _systemctl("stop", _unit(ServerOrAgent.SERVER))
+        _systemctl("stop", units.name_of(self._paths, ServerOrAgent.SERVER))
 
     def version(self) -> str | None:
         """As the binary says, wherever the install script put it."""
@@ -234,11 +237,7 @@ class Script:
         return _version(Path(found)) if found else None
 
     def _has_unit(self, role: ServerOrAgent) -> bool:
-        return (self._paths.root / f"etc/systemd/system/{_unit(role)}").exists()
-
-
-def _unit(role: ServerOrAgent) -> str:
-    return "k3s.service" if role is ServerOrAgent.SERVER else "k3s-agent.service"
+        return (self._paths.root / "etc/systemd/system" / STANDARD[role]).exists()
 
 
 def _are_active(names: list[str]) -> bool:
