@@ -19,9 +19,11 @@ from typing import Protocol
 
 from k3sagentd import systemd
 from k3sagentd.config import Config
-from k3sagentd.core.k3s import Order, ServerOrAgent
+from k3sagentd.core.k3s import Action, Datastore, Order, ServerOrAgent
 from k3sagentd.errors import ConfigError, MachineError
+from k3sagentd.files import write_atomically
 from k3sagentd.k3s import supervise, units
+from k3sagentd.k3s.data import datastore
 from k3sagentd.k3s.trust import NO_ANSWER
 from k3sagentd.k3s.units import STANDARD
 from k3sagentd.paths import Paths
@@ -44,6 +46,9 @@ class Method(Protocol):
     def installed(self, role: ServerOrAgent) -> bool:
         """Whether there is something to start."""
 
+    def owes_start(self, role: ServerOrAgent) -> bool:
+        """Whether an install of ours has left it stopped, and not to start at boot."""
+
     def install(self, order: Order) -> None:
         """Make K3s startable, without starting it; raises MachineError."""
 
@@ -51,10 +56,11 @@ class Method(Protocol):
         """Whether it was started and not stopped."""
 
     def start(self, role: ServerOrAgent, *, at_boot: bool = True) -> None:
-        """Start it now, and at every boot (or leave that as it is), without waiting for it."""
+        """Start it now, and at every boot (or leave that as it is), without waiting for it; what
+        runs already goes on."""
 
     def restart(self, role: ServerOrAgent) -> None:
-        """Start it again, with what its configuration says now."""
+        """Start it again, with what its configuration says now; at a boot as before."""
 
     def stop(self) -> None:
         """Stop it and what it runs, now and at every boot."""
@@ -94,6 +100,10 @@ class Exec:
         """Whether the binary is there."""
         return os.access(self._binary, os.X_OK)
 
+    def owes_start(self, role: ServerOrAgent) -> bool:
+        """Never: nothing starts it at a boot but our orders."""
+        return False
+
     def install(self, order: Order) -> None:
         """Nothing but a look."""
         if not self.installed(order.role):
@@ -126,7 +136,11 @@ class Exec:
 
 
 class Script:
-    """The K3s install script and the units that it makes."""
+    """The K3s install script and the units that it makes.
+
+    The script disables its unit, makes it anew, and as we run it leaves it disabled. So from there
+    to the start that enables it a start is owed, also over a power cut.
+    """
 
     starts_at_boot = True
 
@@ -136,26 +150,62 @@ class Script:
 
     def installed(self, role: ServerOrAgent) -> bool:
         """Whether unit and binary are there, of whatever release: upgrades are not ours."""
-        binary = self._paths.root / "usr/local/bin/k3s"
-        return self._has_unit(role) and os.access(binary, os.X_OK)
+        return self._has_unit(role) and self._binary() is not None
+
+    def owes_start(self, role: ServerOrAgent) -> bool:
+        """Whether the script made the unit, and it was not started since."""
+        try:
+            return self._paths.unstarted.read_text().strip() == role
+        except FileNotFoundError:
+            return False
 
     def install(self, order: Order) -> None:
-        """Run the script, unless what it would make is here already."""
+        """Run the script, unless K3s runs here already as the order wants it."""
+        fits = self._fits(order)
+        runs = self.installed(order.role) and self._is_active(order.role)
+        if fits and runs:
+            return
+        keeps = fits and self._is_kept(order)
         with tempfile.TemporaryDirectory(prefix="k3sagentd-") as directory:
             script = Path(directory, "install.sh")
             script.write_bytes(self._script())
-            environment = self._environment(order)
+            self._owe_start(order.role)
+            if runs and not keeps:
+                self._paths.restart.touch()
             run(
                 ["/bin/sh", str(script), str(order.role)],
                 timeout_s=INSTALL_TIMEOUT_S,
-                environment=environment,
+                environment=self._environment(order, keeps=keeps),
                 what="the install script",
             )
-        unit = self._paths.root / "etc/systemd/system" / STANDARD[order.role]
-        if not unit.exists():
+        if not self._has_unit(order.role):
+            unit = self._paths.root / "etc/systemd/system" / STANDARD[order.role]
             raise MachineError(f"the install script ended well but made no {unit}")
 
-    def _environment(self, order: Order) -> dict[str, str]:
+    def _owe_start(self, role: ServerOrAgent) -> None:
+        self._paths.unstarted.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        write_atomically(self._paths.unstarted, f"{role}\n".encode())
+
+    def _fits(self, order: Order) -> bool:
+        """Whether the binary that is here runs, and is of the release that is asked for, if one
+        is; what was installed once is of the right one until a join says otherwise."""
+        binary = self._binary()
+        said = _version(binary) if binary is not None else None
+        begins = order.action is Action.INIT and not self._has_data()
+        asked = order.k3s_version or (self._install.version if begins else None)
+        return said is not None and (asked is None or asked in said.split())
+
+    def _is_kept(self, order: Order) -> bool:
+        """Whether a binary that fits is the one that this machine has run, and must not become
+        another by the way: an agent that prepares to be a server, data whose unit is gone."""
+        sealed = order.action is not Action.INIT
+        had = self._has_data() or (sealed and any(map(self._has_unit, ServerOrAgent)))
+        return had and order.k3s_version is None
+
+    def _has_data(self) -> bool:
+        return datastore(self._paths.k3s_data) is not Datastore.NONE
+
+    def _environment(self, order: Order, *, keeps: bool) -> dict[str, str]:
         environment = {
             "PATH": PATH,
             "HOME": "/root",
@@ -163,8 +213,12 @@ class Script:
             "INSTALL_K3S_SKIP_START": "true",
             "INSTALL_K3S_SKIP_ENABLE": "true",
         }
+        binary = self._binary()
         version = order.k3s_version or self._install.version
-        if version:
+        if keeps and binary is not None:
+            environment["INSTALL_K3S_SKIP_DOWNLOAD"] = "true"
+            environment["INSTALL_K3S_BIN_DIR"] = str(binary.parent)
+        elif version:
             environment["INSTALL_K3S_VERSION"] = version
         else:
             environment["INSTALL_K3S_CHANNEL"] = self._install.channel
@@ -211,10 +265,10 @@ class Script:
             _systemctl("disable", "--now", STANDARD[other])
         _systemctl("enable", STANDARD[role])
         _systemctl("start", "--no-block", STANDARD[role])
+        self._paths.unstarted.unlink(missing_ok=True)
 
     def restart(self, role: ServerOrAgent) -> None:
-        """Restart the unit."""
-        _systemctl("enable", STANDARD[role])
+        """Restart the unit; whether it starts at boot stays as it is."""
         _systemctl("restart", "--no-block", STANDARD[role])
 
     def stop(self) -> None:
@@ -237,7 +291,16 @@ class Script:
         return _version(Path(found)) if found else None
 
     def _has_unit(self, role: ServerOrAgent) -> bool:
-        return (self._paths.root / "etc/systemd/system" / STANDARD[role]).exists()
+        """An empty file is what a power cut left of one."""
+        unit = self._paths.root / "etc/systemd/system" / STANDARD[role]
+        return unit.exists() and unit.stat().st_size > 0
+
+    def _is_active(self, role: ServerOrAgent) -> bool:
+        return _are_active([STANDARD[role]])
+
+    def _binary(self) -> Path | None:
+        found = units.programs(self._paths, "k3s")
+        return next((each for each in found if os.access(each, os.X_OK)), None)
 
 
 def _are_active(names: list[str]) -> bool:
