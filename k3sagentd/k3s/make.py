@@ -17,6 +17,7 @@ from k3sagentd.discovery.addresses import attachment
 from k3sagentd.errors import MachineError
 from k3sagentd.k3s import credentials, dropin, keepalived
 from k3sagentd.k3s.change_role import change, is_change
+from k3sagentd.k3s.convert import begin as begin_conversion
 from k3sagentd.k3s.convert import check as check_conversion
 from k3sagentd.k3s.convert import convert
 from k3sagentd.k3s.credentials import Credentials
@@ -92,6 +93,7 @@ def _make(
     )
     if converts:
         check_conversion(work)
+        begin_conversion(paths)
     yield "write K3s's configuration"
     data.mkdir(parents=True, exist_ok=True)
     if order.action is Action.INIT and datastore(data) is Datastore.NONE:
