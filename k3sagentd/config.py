@@ -19,7 +19,7 @@ from k3sagentd.core.words import Role
 from k3sagentd.discovery.seeds import split
 from k3sagentd.errors import ConfigError
 from k3sagentd.paths import Paths
-from k3sagentd.yaml_files import Merged, merge
+from k3sagentd.yaml_files import OPTION, Merged, is_option, merge
 
 NODES_LIMIT = 99
 """Voters; a site may have any number of machines once it is sealed."""
@@ -126,7 +126,15 @@ def load_config(paths: Paths) -> Config:
         )
     values.setdefault("token_file", paths.token)
     values.pop("install", None)
+    _check_options(merged)
     return Config(**values, install=Install(**install))
+
+
+def _check_options(merged: Merged) -> None:
+    for key, value in merged.inner("k3s").values.items():
+        if not is_option(value):
+            file = merged.file_of("k3s")
+            raise ConfigError(f"{file}: k3s.{key} is {_kind(value)}; allowed: {OPTION}")
 
 
 def _read(merged: Merged, settings: tuple[Setting, ...], prefix: str) -> dict[str, Any]:

@@ -8,6 +8,10 @@ what was found, what is allowed, and what to do.
 from __future__ import annotations
 
 import os
+import traceback
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent
 
 
 class K3sagentdError(Exception):
@@ -76,3 +80,15 @@ class DataError(K3sagentdError):
 
 class PeerError(DataError):
     """A peer sent something that no correct peer of our version sends."""
+
+
+def fault(error: Exception) -> str:
+    """A fault of ours as a reason: what and where. Not its text, which may hold anything, a token
+    too; that is for the journal."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if Path(frame.filename).is_relative_to(PACKAGE)]
+    where = f" in {Path(ours[-1].filename).relative_to(PACKAGE)}:{ours[-1].lineno}" if ours else ""
+    return (
+        f"a fault of k3sagentd's own: {type(error).__name__}{where}; please report it with what "
+        "the journal says (journalctl -u k3sagentd-apply)"
+    )

@@ -112,6 +112,11 @@ class Paths:
         return self.root_state / "installed.json"
 
     @property
+    def unstarted(self) -> Path:
+        """There, with the role, from our run of K3s's install script to the start that follows."""
+        return self.root_state / "unstarted"
+
+    @property
     def left(self) -> Path:
         """There on a machine that has left its site, or is being reset: the daemon does not run."""
         return self._at("etc/k3sagentd/left")

@@ -24,6 +24,9 @@ SUFFIXES = (".yaml", ".yml")
 QUOTES = re.compile(r"(undefined alias|constructor for the tag|undefined tag handle) .*", re.DOTALL)
 """Where PyYAML's messages repeat what stands in the file: a secret that begins with ``*`` or ``!``
 and is not in quotes."""
+OPTION = "a text, a number, true or false, or a list of these"
+"""What K3s takes as the value of an option: it makes command line arguments of its files (K3s,
+pkg/configfilearg), and anything else becomes an argument that means nothing."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -47,6 +50,12 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
 
 
 _Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
+
+
+def is_option(value: Any) -> bool:
+    """Whether K3s takes ``value``, which stands in YAML, as that of an option: ``OPTION``."""
+    items = value if isinstance(value, list) else [value]
+    return all(isinstance(item, str | int | float) for item in items)
 
 
 @dataclass(frozen=True, slots=True)

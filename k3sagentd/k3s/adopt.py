@@ -20,6 +20,7 @@ from k3sagentd.core.k3s import Action, Datastore, ServerOrAgent
 from k3sagentd.errors import ConfigError, HopelessError
 from k3sagentd.files import read_bounded
 from k3sagentd.k3s import credentials, dropin, flags
+from k3sagentd.k3s.convert import begin as begin_conversion
 from k3sagentd.k3s.convert import check as check_conversion
 from k3sagentd.k3s.convert import convert
 from k3sagentd.k3s.data import datastore, write
@@ -73,12 +74,17 @@ def _say(work: Work, words: dict[str, Any]) -> None:
                 f"{key} is set for K3s on this machine (in /etc/rancher/k3s or its unit); allowed: "
                 "nothing that leads it away from its data; remove it there"
             )
+    converts = "cluster-init" in words and not paths.converting.exists()
+    if converts:
+        begin_conversion(paths)
     paths.dropin.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
     write(paths.dropin, dropin.render(words), 0o600)
     heard = told(paths, ServerOrAgent.SERVER)
     for key, value in words.items():
         if heard.get(key) != value:
             paths.dropin.unlink()
+            if converts:
+                paths.converting.unlink()
             raise ConfigError(
                 f"{key} is {flags.shown(key, heard.get(key))} for K3s on this machine, whatever "
                 f"{paths.dropin} says; allowed: {value!r}; remove it in its unit or in the later "

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 from k3sagentd.config import load_config
 from k3sagentd.core.k3s import Action, Datastore, Order, Outcome, Result
-from k3sagentd.errors import ConfigError, HopelessError, K3sagentdError
+from k3sagentd.errors import ConfigError, HopelessError, K3sagentdError, fault
 from k3sagentd.k3s import change_role, errand, facts, keepalived, order, underway
 from k3sagentd.k3s.adopt import adopt
 from k3sagentd.k3s.clock import Clock
@@ -74,11 +74,15 @@ def _run(paths: Paths, what: Order) -> int:
                 log.info("%s: %s", what.action, step)
                 report(Outcome.RUNNING)
             said = step
+        step = "look at what is there now"
+        facts.write_facts(paths)
     except (HopelessError, ConfigError) as error:
         return failed(Outcome.FAILED_FOR_GOOD, str(error))
     except (K3sagentdError, OSError) as error:
         return failed(Outcome.FAILED, str(error))
-    facts.write_facts(paths)
+    except Exception as error:
+        log.exception("%s met what nobody foresaw", what.action)
+        return failed(Outcome.FAILED, fault(error))
     report(Outcome.DONE)
     return 0
 

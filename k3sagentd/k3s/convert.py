@@ -3,7 +3,7 @@
 
 K3s converts at a start with ``cluster-init`` and renames ``state.db`` when every row is in etcd.
 Cut short, it would go on with the part that it had copied: then that part is put aside, and it
-converts again from the whole.
+converts again from the whole (``incomplete``).
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from collections.abc import Iterator
 
 from k3sagentd.core.k3s import ServerOrAgent
 from k3sagentd.errors import HopelessError, MachineError
-from k3sagentd.files import write_atomically
-from k3sagentd.k3s.data import ETCD, SQLITE, put_aside
+from k3sagentd.files import fsync_directory, write_atomically
+from k3sagentd.k3s import incomplete
+from k3sagentd.k3s.data import SQLITE
 from k3sagentd.k3s.ownership import answers, is_adopted
 from k3sagentd.k3s.servers import pings
 from k3sagentd.k3s.work import Work
+from k3sagentd.paths import Paths
 
 OLDEST = (1, 22, 2)
 """Older releases start with an empty etcd beside the SQLite data (K3S.md 1)."""
@@ -46,11 +48,32 @@ def check(work: Work) -> None:
             f"K3s is {found[0]} here; releases before v1.22.2 start empty when SQLite is to become "
             "etcd: upgrade K3s first"
         )
+    _check_attempts(work)
     if not work.install.running() and answers():
         raise HopelessError(
             "K3s runs here, but not as a service that k3sagentd could restart; stop it, and it is "
             "started again to convert its data from SQLite to etcd"
         )
+
+
+def _check_attempts(work: Work) -> None:
+    """Raise HopelessError where K3s has begun, and not ended, too often."""
+    if not (work.paths.k3s_data / SQLITE).exists():
+        return
+    if (found := incomplete.attempts(work.paths)) >= incomplete.LIMIT:
+        parts = work.paths.k3s_data / f"server/db/{incomplete.ASIDE}*"
+        raise HopelessError(
+            f"K3s began {found} times to convert its data from SQLite to etcd and did not end; it "
+            "goes on with SQLite. Its log says why (journalctl -u k3s); to have it tried again, "
+            f"remove {parts}"
+        )
+
+
+def begin(paths: Paths) -> None:
+    """Note that K3s converts for us, before it is told: it may be started by others than us."""
+    paths.converting.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not paths.converting.exists():
+        write_atomically(paths.converting, b"")
 
 
 def convert(work: Work) -> Iterator[str]:
@@ -59,12 +82,12 @@ def convert(work: Work) -> Iterator[str]:
     Raises MachineError where that takes too long, HopelessError where K3s does not do it.
     """
     paths = work.paths
-    paths.converting.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    write_atomically(paths.converting, b"")
+    begin(paths)
     yield "have K3s convert its data from SQLite to etcd"
     deadline_s = time.monotonic() + CONVERT_S
     starts = 0
     while (paths.k3s_data / SQLITE).exists():
+        _check_attempts(work)  # its unit starts it again by itself
         running = work.install.running()
         if not running or pings():
             # Up, with its SQLite data still there: it did not convert, or not to the end.
@@ -80,13 +103,13 @@ def convert(work: Work) -> Iterator[str]:
         if time.monotonic() > deadline_s:
             raise MachineError(f"K3s did not convert its data in {CONVERT_S:.0f} s; it goes on")
         time.sleep(POLL_S)
+    # K3s's rename before our word of it: no power cut may take the first back and leave the second.
+    fsync_directory((paths.k3s_data / SQLITE).parent)
     paths.converting.unlink(missing_ok=True)
     if not work.install.running():
         _start(work)
 
 
 def _start(work: Work) -> None:
-    data = work.paths.k3s_data
-    if (data / SQLITE).exists() and (data / ETCD).exists():
-        put_aside(data / ETCD, "etcd.incomplete")
+    incomplete.clear_the_way(work.paths)
     work.install.start(ServerOrAgent.SERVER, at_boot=not is_adopted(work.paths, work.config))

@@ -18,7 +18,7 @@ from k3sagentd.k3s import flags
 from k3sagentd.k3s.data import datastore
 from k3sagentd.k3s.settings import as_list, configured
 from k3sagentd.paths import Paths
-from k3sagentd.yaml_files import Merged, load, merge
+from k3sagentd.yaml_files import OPTION, Merged, is_option, load, merge
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +37,9 @@ DECISIVE = (
 ADDRESS = ("node-ip", "flannel-iface")
 """Keys that follow this machine's address, except where etcd knows it by another (K3S.md 8)."""
 
+JOINED = ("node-label", "tls-san")
+"""Lists that have of ours and of the operator's."""
+
 
 def contents(
     order: Order,
@@ -53,7 +56,9 @@ def contents(
 
     ``agent_token``: this server takes agents in by a token of their own.
     """
-    operator = merge(paths.k3s_config, without=paths.dropin).values
+    theirs = merge(paths.k3s_config, without=paths.dropin)
+    _check_joined(theirs)
+    operator = theirs.values
     options = configured(config, operator)
     if order.role is ServerOrAgent.AGENT:
         options = {key: value for key, value in options.items() if key in flags.AGENT}
@@ -102,6 +107,15 @@ def _joined(
     return list(dict.fromkeys(everything))
 
 
+def _check_joined(merged: Merged) -> None:
+    """Raise ConfigError where what others set cannot be joined with ours."""
+    for key in JOINED:
+        value = merged.values.get(key)
+        if value is not None and not is_option(value):
+            file = merged.file_of(key)
+            raise ConfigError(f"{file}: {key} is {value!s:.80}; allowed: {OPTION}")
+
+
 def _address(paths: Paths, at: Attachment | None) -> dict[str, str]:
     """Where this machine is; with etcd data, where etcd knows it to be (K3S.md 8)."""
     before = {key: value for key, value in present(paths).items() if key in ADDRESS}
@@ -131,6 +145,7 @@ def present(paths: Paths) -> dict[str, Any]:
 def check(order: Order, server: str | None, paths: Paths, *, agent_token: bool = False) -> None:
     """Read K3s's configuration as K3s will, and raise ConfigError unless it says what we mean."""
     merged = merge(paths.k3s_config)
+    _check_joined(merged)
     wanted: dict[str, Any] = {"token-file": str(paths.k3s_token)}
     if agent_token:
         wanted["agent-token-file"] = str(paths.k3s_agent_token)

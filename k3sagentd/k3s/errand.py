@@ -16,7 +16,7 @@ from k3sagentd import schema
 from k3sagentd.config import load_config
 from k3sagentd.core.cluster import ClusterView, Errand, ErrandResult
 from k3sagentd.core.k3s import Outcome
-from k3sagentd.errors import ConfigError, DataError, K3sagentdError, MachineError
+from k3sagentd.errors import ConfigError, DataError, K3sagentdError, MachineError, fault
 from k3sagentd.files import read_bounded, write_atomically
 from k3sagentd.k3s import handed
 from k3sagentd.k3s.facts import write_facts
@@ -112,7 +112,11 @@ def run(paths: Paths) -> None:
     errand = take_errand(paths)
     if errand is None:
         return
-    result = carry_out(paths, errand)
+    try:
+        result = carry_out(paths, errand)
+    except Exception as error:
+        log.exception("%s failed", errand.describe())
+        result = ErrandResult(errand=errand, outcome=Outcome.FAILED, reason=fault(error))
     if result.reason is not None:
         log.warning("%s failed: %s", errand.describe(), result.reason)
     elif errand.drain or errand.remove or errand.roster:

@@ -98,7 +98,7 @@ def canonical(value: Any) -> str:
     if isinstance(value, list):
         items = sorted({str(item) for item in value})
         return items[0] if len(items) == 1 else json.dumps(items)
-    return value if isinstance(value, str) else json.dumps(value)
+    return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def plain(text: str) -> Any:

@@ -20,7 +20,7 @@ from pathlib import Path
 from k3sagentd import keys, membership, site_token
 from k3sagentd.config import Config, load_config
 from k3sagentd.core.k3s import Datastore
-from k3sagentd.errors import K3sagentdError, MachineError
+from k3sagentd.errors import K3sagentdError, MachineError, fault
 from k3sagentd.files import finish_wipe, wipe, write_atomically
 from k3sagentd.identity import node_id_in
 from k3sagentd.k3s.credentials import HEALTHZ, HEALTHZ_TIMEOUT_S
@@ -60,6 +60,9 @@ def forget(paths: Paths) -> None:
     except (K3sagentdError, OSError) as error:
         reason = str(error)
         log.warning("the token is not wiped: %s", reason)
+    except Exception as error:
+        reason = fault(error)
+        log.exception("the token is not wiped")
     write_atomically(paths.forget_result, reason.encode(), durable=False)
 
 

@@ -9,20 +9,24 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import http.client
 import os
 import shutil
 import subprocess
 import tempfile
-import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Protocol
 
 from k3sagentd import systemd
 from k3sagentd.config import Config
-from k3sagentd.core.k3s import Order, ServerOrAgent
+from k3sagentd.core.k3s import Action, Datastore, Order, ServerOrAgent
 from k3sagentd.errors import ConfigError, MachineError
-from k3sagentd.k3s import supervise
+from k3sagentd.files import write_atomically
+from k3sagentd.k3s import supervise, units
+from k3sagentd.k3s.data import datastore
+from k3sagentd.k3s.trust import no_http
+from k3sagentd.k3s.units import STANDARD
 from k3sagentd.paths import Paths
 
 SCRIPT_LIMIT_BYTES = 4 * 1024 * 1024
@@ -43,6 +47,9 @@ class Method(Protocol):
     def installed(self, role: ServerOrAgent) -> bool:
         """Whether there is something to start."""
 
+    def owes_start(self, role: ServerOrAgent) -> bool:
+        """Whether an install of ours has left it stopped, and not to start at boot."""
+
     def install(self, order: Order) -> None:
         """Make K3s startable, without starting it; raises MachineError."""
 
@@ -50,10 +57,11 @@ class Method(Protocol):
         """Whether it was started and not stopped."""
 
     def start(self, role: ServerOrAgent, *, at_boot: bool = True) -> None:
-        """Start it now, and at every boot (or leave that as it is), without waiting for it."""
+        """Start it now, and at every boot (or leave that as it is), without waiting for it; what
+        runs already goes on."""
 
     def restart(self, role: ServerOrAgent) -> None:
-        """Start it again, with what its configuration says now."""
+        """Start it again, with what its configuration says now; at a boot as before."""
 
     def stop(self) -> None:
         """Stop it and what it runs, now and at every boot."""
@@ -93,6 +101,10 @@ class Exec:
         """Whether the binary is there."""
         return os.access(self._binary, os.X_OK)
 
+    def owes_start(self, role: ServerOrAgent) -> bool:
+        """Never: nothing starts it at a boot but our orders."""
+        return False
+
     def install(self, order: Order) -> None:
         """Nothing but a look."""
         if not self.installed(order.role):
@@ -125,7 +137,11 @@ class Exec:
 
 
 class Script:
-    """The K3s install script and the units that it makes."""
+    """The K3s install script and the units that it makes.
+
+    The script disables its unit, makes it anew, and as we run it leaves it disabled. So from there
+    to the start that enables it a start is owed, also over a power cut.
+    """
 
     starts_at_boot = True
 
@@ -135,26 +151,62 @@ class Script:
 
     def installed(self, role: ServerOrAgent) -> bool:
         """Whether unit and binary are there, of whatever release: upgrades are not ours."""
-        binary = self._paths.root / "usr/local/bin/k3s"
-        return self._has_unit(role) and os.access(binary, os.X_OK)
+        return self._has_unit(role) and self._binary() is not None
+
+    def owes_start(self, role: ServerOrAgent) -> bool:
+        """Whether the script made the unit, and it was not started since."""
+        try:
+            return self._paths.unstarted.read_text().strip() == role
+        except FileNotFoundError:
+            return False
 
     def install(self, order: Order) -> None:
-        """Run the script, unless what it would make is here already."""
+        """Run the script, unless K3s runs here already as the order wants it."""
+        fits = self._fits(order)
+        runs = self.installed(order.role) and self._is_active(order.role)
+        if fits and runs:
+            return
+        keeps = fits and self._is_kept(order)
         with tempfile.TemporaryDirectory(prefix="k3sagentd-") as directory:
             script = Path(directory, "install.sh")
             script.write_bytes(self._script())
-            environment = self._environment(order)
+            self._owe_start(order.role)
+            if runs and not keeps:
+                self._paths.restart.touch()
             run(
                 ["/bin/sh", str(script), str(order.role)],
                 timeout_s=INSTALL_TIMEOUT_S,
-                environment=environment,
+                environment=self._environment(order, keeps=keeps),
                 what="the install script",
             )
-        unit = self._paths.root / f"etc/systemd/system/{_unit(order.role)}"
-        if not unit.exists():
+        if not self._has_unit(order.role):
+            unit = self._paths.root / "etc/systemd/system" / STANDARD[order.role]
             raise MachineError(f"the install script ended well but made no {unit}")
 
-    def _environment(self, order: Order) -> dict[str, str]:
+    def _owe_start(self, role: ServerOrAgent) -> None:
+        self._paths.unstarted.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        write_atomically(self._paths.unstarted, f"{role}\n".encode())
+
+    def _fits(self, order: Order) -> bool:
+        """Whether the binary that is here runs, and is of the release that is asked for, if one
+        is; what was installed once is of the right one until a join says otherwise."""
+        binary = self._binary()
+        said = _version(binary) if binary is not None else None
+        begins = order.action is Action.INIT and not self._has_data()
+        asked = order.k3s_version or (self._install.version if begins else None)
+        return said is not None and (asked is None or asked in said.split())
+
+    def _is_kept(self, order: Order) -> bool:
+        """Whether a binary that fits is the one that this machine has run, and must not become
+        another by the way: an agent that prepares to be a server, data whose unit is gone."""
+        sealed = order.action is not Action.INIT
+        had = self._has_data() or (sealed and any(map(self._has_unit, ServerOrAgent)))
+        return had and order.k3s_version is None
+
+    def _has_data(self) -> bool:
+        return datastore(self._paths.k3s_data) is not Datastore.NONE
+
+    def _environment(self, order: Order, *, keeps: bool) -> dict[str, str]:
         environment = {
             "PATH": PATH,
             "HOME": "/root",
@@ -162,8 +214,12 @@ class Script:
             "INSTALL_K3S_SKIP_START": "true",
             "INSTALL_K3S_SKIP_ENABLE": "true",
         }
+        binary = self._binary()
         version = order.k3s_version or self._install.version
-        if version:
+        if keeps and binary is not None:
+            environment["INSTALL_K3S_SKIP_DOWNLOAD"] = "true"
+            environment["INSTALL_K3S_BIN_DIR"] = str(binary.parent)
+        elif version:
             environment["INSTALL_K3S_VERSION"] = version
         else:
             environment["INSTALL_K3S_CHANNEL"] = self._install.channel
@@ -180,9 +236,11 @@ class Script:
                 if not response.geturl().startswith(("https://", "file://")):
                     raise MachineError(f"{source} leads to {response.geturl()}, which is not https")
                 data: bytes = response.read(SCRIPT_LIMIT_BYTES + 1)
-        except (urllib.error.URLError, OSError) as error:
+        except OSError as error:  # urllib's own are
             reason = getattr(error, "reason", error)
             raise MachineError(f"cannot download {source}: {reason}") from error
+        except http.client.HTTPException as error:
+            raise MachineError(f"cannot download {source}: {no_http(error)}") from error
         if not 0 < len(data) <= SCRIPT_LIMIT_BYTES:
             raise MachineError(f"{source} has {len(data)} bytes; that is no install script")
         found, wanted = hashlib.sha256(data).hexdigest(), self._install.script_sha256
@@ -192,48 +250,43 @@ class Script:
 
     def running(self) -> bool:
         """Whether one of the units is active or on its way."""
-        states = subprocess.run(
-            ["systemctl", "is-active", "k3s.service", "k3s-agent.service"],
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=SYSTEMCTL_TIMEOUT_S,
-        ).stdout.split()
-        return any(state in ("active", "activating", "reloading") for state in states)
+        return _are_active([*STANDARD.values(), *units.find(self._paths)])
 
     def start(self, role: ServerOrAgent, *, at_boot: bool = True) -> None:
-        """Enable and start; a start that blocks (K3S.md 6) is not waited for.
+        """Enable and start; a start that blocks (K3S.md 6) is not waited for, and of what runs
+        already it is none.
 
-        The other role's unit is disabled: two of them would fight for one machine at each boot.
+        The other role's unit is stopped and disabled: two of them would fight for one machine.
+        Where the boot is left as it is, it is the unit that is there, by whatever name.
         """
         _systemctl("daemon-reload")
-        if at_boot:
-            other = next(each for each in ServerOrAgent if each is not role)
-            if self._has_unit(other):
-                _systemctl("disable", _unit(other))
-            _systemctl("enable", _unit(role))
-        _systemctl("start", "--no-block", _unit(role))
+        if not at_boot:
+            _systemctl("start", "--no-block", units.name_of(self._paths, role))
+            return
+        other = next(each for each in ServerOrAgent if each is not role)
+        if self._has_unit(other):
+            _systemctl("disable", "--now", STANDARD[other])
+        _systemctl("enable", STANDARD[role])
+        _systemctl("start", "--no-block", STANDARD[role])
+        self._paths.unstarted.unlink(missing_ok=True)
 
     def restart(self, role: ServerOrAgent) -> None:
-        """Restart the unit."""
-        _systemctl("enable", _unit(role))
-        _systemctl("restart", "--no-block", _unit(role))
+        """Restart the unit; whether it starts at boot stays as it is."""
+        _systemctl("restart", "--no-block", STANDARD[role])
 
     def stop(self) -> None:
-        """Disable and stop both units, as far as they exist."""
-        for role in ServerOrAgent:
-            if self._has_unit(role):
-                _systemctl("disable", "--now", _unit(role))
-                # How it ended does not degrade the system; who is not loaded has not failed.
-                with contextlib.suppress(MachineError):
-                    _systemctl("reset-failed", _unit(role))
-        killall = self._paths.root / "usr/local/bin/k3s-killall.sh"
-        if killall.exists():
+        """Disable and stop every unit that runs K3s, by whatever name."""
+        for unit in units.find(self._paths):
+            _systemctl("disable", "--now", unit)
+            # How it ended does not degrade the system; who is not loaded has not failed.
+            with contextlib.suppress(MachineError):
+                _systemctl("reset-failed", unit)
+        for killall in units.programs(self._paths, "k3s-killall.sh"):
             run([str(killall)], timeout_s=SYSTEMCTL_TIMEOUT_S, what="k3s-killall.sh")
 
     def halt(self) -> None:
         """Stop the server's unit; its containers outlive it (KillMode=process)."""
-        _systemctl("stop", _unit(ServerOrAgent.SERVER))
+        _systemctl("stop", units.name_of(self._paths, ServerOrAgent.SERVER))
 
     def version(self) -> str | None:
         """As the binary says, wherever the install script put it."""
@@ -241,11 +294,31 @@ class Script:
         return _version(Path(found)) if found else None
 
     def _has_unit(self, role: ServerOrAgent) -> bool:
-        return (self._paths.root / f"etc/systemd/system/{_unit(role)}").exists()
+        """An empty file is what a power cut left of one."""
+        unit = self._paths.root / "etc/systemd/system" / STANDARD[role]
+        return unit.exists() and unit.stat().st_size > 0
+
+    def _is_active(self, role: ServerOrAgent) -> bool:
+        return _are_active([STANDARD[role]])
+
+    def _binary(self) -> Path | None:
+        found = units.programs(self._paths, "k3s")
+        return next((each for each in found if os.access(each, os.X_OK)), None)
 
 
-def _unit(role: ServerOrAgent) -> str:
-    return "k3s.service" if role is ServerOrAgent.SERVER else "k3s-agent.service"
+def _are_active(names: list[str]) -> bool:
+    """Whether one of the units is active or on its way; raises MachineError."""
+    try:
+        said = subprocess.run(
+            ["systemctl", "is-active", *dict.fromkeys(names)],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=SYSTEMCTL_TIMEOUT_S,
+        ).stdout
+    except subprocess.TimeoutExpired as error:
+        raise MachineError(f"systemctl took longer than {SYSTEMCTL_TIMEOUT_S:.0f} s") from error
+    return any(state in ("active", "activating", "reloading") for state in said.split())
 
 
 def _version(binary: Path) -> str | None:

@@ -194,12 +194,15 @@ def _check_place(virtual: ipaddress.IPv4Interface, interface: str, *, ours: bool
 
 
 def _active() -> bool:
-    done = subprocess.run(
-        ["systemctl", "is-active", "--quiet", UNIT],
-        env={"PATH": PATH},
-        check=False,
-        timeout=SYSTEMCTL_TIMEOUT_S,
-    )
+    try:
+        done = subprocess.run(
+            ["systemctl", "is-active", "--quiet", UNIT],
+            env={"PATH": PATH},
+            check=False,
+            timeout=SYSTEMCTL_TIMEOUT_S,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise MachineError(f"systemctl took longer than {SYSTEMCTL_TIMEOUT_S:.0f} s") from error
     return done.returncode == 0
 
 

@@ -17,6 +17,7 @@ from k3sagentd.discovery.addresses import attachment
 from k3sagentd.errors import MachineError
 from k3sagentd.k3s import credentials, dropin, keepalived
 from k3sagentd.k3s.change_role import change, is_change
+from k3sagentd.k3s.convert import begin as begin_conversion
 from k3sagentd.k3s.convert import check as check_conversion
 from k3sagentd.k3s.convert import convert
 from k3sagentd.k3s.credentials import Credentials
@@ -80,7 +81,9 @@ def _make(
         work.install.stop()
         put_aside(data / ETCD, "etcd.removed")
     member = datastore(data) in MEMBERS and not is_change(work)
-    if not member or not work.install.installed(order.role):
+    begins = not member or not work.install.installed(order.role)
+    fresh = begins or work.install.owes_start(order.role)
+    if begins:
         yield "install K3s without starting it"
         install(work)
     if order.action is Action.JOIN:
@@ -90,6 +93,7 @@ def _make(
     )
     if converts:
         check_conversion(work)
+        begin_conversion(paths)
     yield "write K3s's configuration"
     data.mkdir(parents=True, exist_ok=True)
     if order.action is Action.INIT and datastore(data) is Datastore.NONE:
@@ -99,13 +103,14 @@ def _make(
     dropin.check(order, server, paths, agent_token=given.agent_token is not None)
     if converts:
         yield from convert(work)
-        return
+        paths.restart.unlink(missing_ok=True)
     yield "start K3s"
-    if not work.install.running():
-        # systemd started a member with the machine, and who stopped it since did so on purpose.
-        if not (member and work.install.starts_at_boot):
-            work.install.start(order.role)
-    elif paths.restart.exists():
+    running = work.install.running()
+    # systemd started a member with the machine, and who stopped it since, or has it start no more,
+    # did so on purpose. What we have installed is enabled by this, also where it runs already.
+    if fresh or not work.install.starts_at_boot:
+        work.install.start(order.role)
+    if running and paths.restart.exists():
         work.install.restart(order.role)
     paths.restart.unlink(missing_ok=True)
 

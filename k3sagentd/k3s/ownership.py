@@ -10,8 +10,8 @@ import socket
 
 from k3sagentd.config import Config
 from k3sagentd.core.k3s import Datastore
+from k3sagentd.k3s import units
 from k3sagentd.k3s.data import datastore
-from k3sagentd.k3s.settings import unit
 from k3sagentd.paths import Paths
 
 K3S_PORT = 6443
@@ -27,7 +27,7 @@ def is_adopted(paths: Paths, config: Config) -> bool:
     """
     if paths.installed.exists() or datastore(paths.k3s_data) is Datastore.NONE:
         return False
-    return config.install.method == "exec" or unit(paths) is not None or answers()
+    return config.install.method == "exec" or bool(units.named(paths)) or answers()
 
 
 def answers() -> bool:

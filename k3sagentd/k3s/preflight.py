@@ -17,9 +17,9 @@ from k3sagentd.core.k3s import Datastore, ServerOrAgent
 from k3sagentd.discovery.addresses import attachment
 from k3sagentd.errors import HopelessError, MachineError
 from k3sagentd.files import write_atomically
+from k3sagentd.k3s import units
 from k3sagentd.k3s.clock import Clock, settle
 from k3sagentd.k3s.data import datastore
-from k3sagentd.k3s.settings import UNIT_DIRECTORIES, UNITS
 from k3sagentd.paths import Paths
 
 MEMORY_WORD = "cgroup_enable=memory"
@@ -62,14 +62,13 @@ def check_foreign(config: Config, paths: Paths) -> None:
         return
     if paths.installed.exists() or datastore(paths.k3s_data) is not Datastore.NONE:
         return
-    for directory in UNIT_DIRECTORIES:
-        for name in UNITS.values():
-            unit = paths.root / directory / name
-            if unit.exists():
-                raise HopelessError(
-                    f"K3s was installed here by somebody else ({unit}) and has no data; uninstall "
-                    "it (k3s-uninstall.sh or k3s-agent-uninstall.sh)"
-                )
+    found = units.find(paths)
+    for unit in units.named(paths):
+        if unit.name in found:
+            raise HopelessError(
+                f"K3s was installed here by somebody else ({unit}) and has no data; uninstall it "
+                "(k3s-uninstall.sh or k3s-agent-uninstall.sh)"
+            )
 
 
 def check_memory(paths: Paths, role: ServerOrAgent) -> None:

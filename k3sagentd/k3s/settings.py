@@ -8,8 +8,6 @@ ours says nothing; one that was there before us may say all.
 from __future__ import annotations
 
 import contextlib
-import re
-import shlex
 import socket
 from collections.abc import Mapping
 from ipaddress import ip_address
@@ -22,12 +20,11 @@ from cryptography.x509.oid import NameOID
 from k3sagentd.config import Config
 from k3sagentd.core.k3s import ServerOrAgent
 from k3sagentd.files import read_bounded
+from k3sagentd.k3s import units
 from k3sagentd.k3s.ca import CERTIFICATE
 from k3sagentd.paths import Paths
 from k3sagentd.yaml_files import merge
 
-UNIT_DIRECTORIES = ("etc/systemd/system", "usr/lib/systemd/system", "lib/systemd/system")
-UNITS = {ServerOrAgent.SERVER: "k3s.service", ServerOrAgent.AGENT: "k3s-agent.service"}
 FILE_LIMIT_BYTES = 256 * 1024
 ENVIRONMENT = {
     "K3S_TOKEN": "token",
@@ -44,9 +41,10 @@ KUBELET = "system:node:"
 
 def told(paths: Paths, role: ServerOrAgent, *, ours: bool = True) -> dict[str, Any]:
     """K3s's options in ``role``, without our drop-in if not ``ours``; raises ConfigError."""
-    values: dict[str, Any] = dict(_environment(paths, UNITS[role]))
+    unit = units.name_of(paths, role)
+    values: dict[str, Any] = dict(_environment(paths, unit))
     values |= merge(paths.k3s_config, without=None if ours else paths.dropin).values
-    for key, given in _arguments(paths, UNITS[role]).items():
+    for key, given in _options(units.command(paths, unit)).items():
         before = values.get(key)
         if isinstance(before, list) or len(given) > 1:
             values[key] = [*as_list(before), *given]
@@ -71,15 +69,6 @@ def as_list(value: Any) -> list[Any]:
     if value is None:
         return []
     return list(value) if isinstance(value, list) else [value]
-
-
-def unit(paths: Paths) -> Path | None:
-    """A unit of K3s's, by whatever name its install script was given; None where there is none."""
-    for directory in UNIT_DIRECTORIES:
-        for pattern in ("k3s.service", "k3s-*.service"):
-            if found := sorted((paths.root / directory).glob(pattern)):
-                return found[0]
-    return None
 
 
 def node_name(paths: Paths, options: Mapping[str, Any]) -> str:
@@ -140,17 +129,8 @@ def _environment(paths: Paths, name: str) -> dict[str, str]:
     return found
 
 
-def _arguments(paths: Paths, name: str) -> dict[str, list[Any]]:
-    """The options on the unit's command line, each with what it was given."""
-    for directory in UNIT_DIRECTORIES:
-        with contextlib.suppress(OSError, ValueError):
-            text = re.sub(r"\\\n", " ", _text(paths.root / directory / name))
-            lines = [line for line in text.splitlines() if line.startswith("ExecStart=")]
-            return _options(shlex.split(lines[-1].partition("=")[2])) if lines else {}
-    return {}
-
-
 def _options(words: list[str]) -> dict[str, list[Any]]:
+    """The options on a command line, each with what it was given."""
     found: dict[str, list[Any]] = {}
     for number, word in enumerate(words):
         if not word.startswith("--"):

@@ -19,6 +19,7 @@ from pathlib import Path
 from k3sagentd.core.k3s import ServerOrAgent
 from k3sagentd.errors import MachineError
 from k3sagentd.files import write_atomically
+from k3sagentd.k3s import incomplete
 from k3sagentd.k3s.data import is_removed
 from k3sagentd.paths import Paths
 
@@ -92,6 +93,8 @@ def _supervise(paths: Paths, binary: Path, role: str) -> int:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         while True:
             if not (is_removed(paths.k3s_data) and paths.dropin.exists()):
+                with contextlib.suppress(OSError):
+                    incomplete.clear_the_way(paths)
                 _run_once(paths.k3s_log, binary, role)
             time.sleep(RESTART_S)
 

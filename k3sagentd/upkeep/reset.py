@@ -16,7 +16,7 @@ from pathlib import Path
 from k3sagentd.config import Config
 from k3sagentd.errors import ConfigError
 from k3sagentd.files import fsync_directory
-from k3sagentd.k3s import underway
+from k3sagentd.k3s import underway, units
 from k3sagentd.k3s.facts import write_facts
 from k3sagentd.k3s.install import method, run
 from k3sagentd.paths import Paths
@@ -29,10 +29,12 @@ Say = Callable[[str], None]
 
 
 def uninstall_scripts(paths: Paths) -> list[Path]:
-    """K3s's own, of a server and of an agent (K3S.md 6)."""
-    directory = paths.root / "usr/local/bin"
-    names = ("k3s-uninstall.sh", "k3s-agent-uninstall.sh")
-    return [directory / name for name in names if (directory / name).exists()]
+    """K3s's own, of a server, of an agent, of what was given another name (K3S.md 6).
+
+    While other units of K3s are there, each takes its own unit away; the last one K3s and its data.
+    """
+    patterns = ("k3s-uninstall.sh", "k3s-*-uninstall.sh")
+    return [each for pattern in patterns for each in units.programs(paths, pattern)]
 
 
 def is_needed(paths: Paths) -> bool:

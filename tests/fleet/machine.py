@@ -26,6 +26,7 @@ from k3sagentd.lab.site import start_time
 FLEET = Path(os.environ.get("K3SAGENTD_FLEET", "/var/lib/k3sagentd-fleet"))
 CGROUP = f"{network.PREFIX}fleet"
 BOOT_TIMEOUT_S = 120.0
+UNITS = {"server": "k3s", "agent": "k3s-agent"}
 BOOT = r"""
 set -eu
 mount -t overlay overlay -o lowerdir={base},upperdir={upper},workdir={work} {root}
@@ -197,6 +198,12 @@ class Machine:
             names = [line.split()[0] for line in failed if line]
             stories = [self.run("systemctl", "status", name, check=False) for name in names]
             raise AssertionError(f"{self.name} is {said}: {' '.join(names)}\n" + "".join(stories))
+
+    def assert_starts_at_boot(self, role: str) -> None:
+        """K3s's unit of this role does, the other one does not."""
+        for each, unit in UNITS.items():
+            said = self.run("systemctl", "is-enabled", unit, check=False).strip()
+            assert (said == "enabled") == (each == role), f"{self.name}: {unit} is {said}"
 
     def console(self) -> str:
         """The end of what it said while booting."""

@@ -57,3 +57,4 @@ def test_each_in_turn(site: Fleet) -> None:
     for machine in site.machines:
         assert "abandoned" not in machine.run("ls", "/var/lib/rancher")
         machine.assert_healthy()
+        machine.assert_starts_at_boot(views[machine.name]["node"]["role"])

@@ -11,11 +11,10 @@ from contextlib import contextmanager
 import pytest
 
 from tests.fleet.conftest import RELEASES, Fleet
-from tests.fleet.machine import Machine
+from tests.fleet.machine import UNITS, Machine
 
 QUICK = "promote_s: 2\nnode_grace_s: 4\n"
 """The stand-in's clocks, which in K3s are 15 s and 40 s."""
-UNITS = {"server": "k3s", "agent": "k3s-agent"}
 
 
 @pytest.fixture(scope="module")

@@ -182,7 +182,7 @@ def test_at_boot_k3s_starts_after_the_daemon_and_without_it(fleet: Fleet, releas
     machine = fleet.add(release)
     fleet.configure(machine)
     units = machine.disk / "etc/systemd/system"
-    for unit in ("k3s.service", "k3s-agent.service"):
+    for unit in ("k3s.service", "k3s-agent.service", "k3s-shop.service"):
         machine.put(f"etc/systemd/system/{unit}", STARTS)
         wanted = units / "multi-user.target.wants" / unit
         wanted.parent.mkdir(exist_ok=True)
@@ -191,7 +191,7 @@ def test_at_boot_k3s_starts_after_the_daemon_and_without_it(fleet: Fleet, releas
     machine.on()
     machine.booted()
     assert machine.run("systemctl", "show", "-P", "LoadState", "k3sagentd").strip() == "masked"
-    for unit in ("k3s", "k3s-agent"):
+    for unit in ("k3s", "k3s-agent", "k3s-shop"):
         assert state(machine, unit) == "active", unit
     machine.assert_healthy()
     machine.cut()
@@ -200,7 +200,7 @@ def test_at_boot_k3s_starts_after_the_daemon_and_without_it(fleet: Fleet, releas
     machine.booted()
     ready = ("systemctl", "show", "-P", "ActiveEnterTimestampMonotonic")
     began = ("systemctl", "show", "-P", "InactiveExitTimestampMonotonic")
-    for unit in ("k3s", "k3s-agent"):
+    for unit in ("k3s", "k3s-agent", "k3s-shop"):
         assert state(machine, unit) == "active", unit
         assert 0 < int(machine.run(*ready, "k3sagentd")) <= int(machine.run(*began, unit))
     machine.assert_healthy()

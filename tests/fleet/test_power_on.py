@@ -73,6 +73,7 @@ def test_one_cluster_of_five(site: Fleet) -> None:
 def test_systemd_tells_the_story(site: Fleet) -> None:
     for machine in site.machines:
         machine.assert_healthy()
+        machine.assert_starts_at_boot(site.views()[machine.name]["node"]["role"])
         status = machine.run("systemctl", "status", "k3sagentd")
         assert 'Status: "ready"' in status, status
         assert machine.run("systemctl", "show", "-P", "User", "k3sagentd").strip() == "k3sagentd"
@@ -163,6 +164,7 @@ def test_all_five_in_the_dark_at_once(site: Fleet) -> None:
         journal = machine.booted().run("journalctl", "-b", "-u", "k3sagentd", "--no-pager")
         assert "electing" not in journal
         machine.assert_healthy()
+        machine.assert_starts_at_boot(after[machine.name]["node"]["role"])
 
 
 def test_a_late_machine_installs_from_the_repository_and_joins(site: Fleet) -> None:

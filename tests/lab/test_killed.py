@@ -27,29 +27,50 @@ CALLS = "rename,renameat,renameat2,unlink,unlinkat"
 """What a step does to files ends with one of these, its report of itself included."""
 SYSTEMCTL = """#!/bin/sh
 cd {root}
+active=$(cat active)
+for unit; do :; done
 case "$1" in
-is-active) [ -e active ] && echo active || echo inactive ;;
+is-active)
+    shift
+    for each; do [ "$each" = "$active" ] && echo active || echo inactive; done ;;
 start|restart)
+    [ "$1 $unit" != "start $active" ] || exit 0
     echo "$1" >> starts
-    touch active
-    case "$3" in
+    echo "$unit" > active
+    case "$unit" in
     k3s.service)
         cd var/lib/rancher/k3s || mkdir -p var/lib/rancher/k3s && cd var/lib/rancher/k3s
         mkdir -p server/db/etcd/member/wal
         [ ! -e server/db/state.db ] || mv server/db/state.db server/db/state.db.migrated ;;
     *) mkdir -p var/lib/rancher/k3s/agent && touch var/lib/rancher/k3s/agent/client-kubelet.crt ;;
     esac ;;
-stop|disable) rm -f active ;;
+enable) echo "$unit" > enabled ;;
+disable)
+    [ "$unit" != "$(cat enabled)" ] || : > enabled
+    [ "$2 $unit" != "--now $active" ] || : > active ;;
+stop) [ "$unit" != "$active" ] || : > active ;;
 esac
 """
 K3S = "#!/bin/sh\necho k3s version v1.33.4+k3s1\n"
 INSTALL = """#!/bin/sh
 mkdir -p {root}/etc/systemd/system
-touch {root}/etc/systemd/system/k3s.service {root}/etc/systemd/system/k3s-agent.service
+[ "$1" = server ] && unit=k3s.service || unit=k3s-agent.service
+systemctl disable "$unit"
+rm -f "{root}/etc/systemd/system/$unit"
+echo '[Service]' > "{root}/etc/systemd/system/$unit"
 """
 INIT = Order(action=Action.INIT, epoch=0, role=ServerOrAgent.SERVER, node_name="n1")
 STAND_DOWN = replace(INIT, action=Action.STAND_DOWN, epoch=2)
 CASES = ["init", "join", "stand-down", "promote", "demote", "convert", "follow"]
+UNITS = {
+    "init": "k3s.service\n",
+    "join": "k3s-agent.service\n",
+    "promote": "k3s.service\n",
+    "demote": "k3s-agent.service\n",
+    "follow": "k3s-agent.service\n",
+}
+"""What runs and starts at boot in the end. What is stood down does neither, and of what is adopted
+and only converts the boot is its owner's."""
 ETCD, AGENT = "server/db/etcd/member/wal", "agent/client-kubelet.crt"
 
 
@@ -73,9 +94,12 @@ class Machine:
         (root / "bin").mkdir()
         (root / "bin/systemctl").write_text(SYSTEMCTL.replace("{root}", str(root)))
         (root / "bin/systemctl").chmod(0o755)
-        (root / "starts").touch()
-        (root / "bin/k3s").write_text(K3S)
-        (root / "bin/k3s").chmod(0o755)
+        for name in ("starts", "active", "enabled"):
+            (root / name).touch()
+        (root / "usr/local/bin").mkdir(parents=True)
+        for name in ("bin/k3s", "usr/local/bin/k3s"):
+            (root / name).write_text(K3S)
+            (root / name).chmod(0o755)
         match case:
             case "stand-down" | "demote":
                 self._runs("server/tls/server-ca.crt", "agent/server-ca.crt", AGENT)
@@ -87,7 +111,7 @@ class Machine:
             case "convert":
                 self._put("server/tls/server-ca.crt", "server/db/state.db")
                 (root / "etc/systemd/system").mkdir(parents=True)
-                (root / "etc/systemd/system/k3s.service").touch()
+                (root / "etc/systemd/system/k3s.service").write_text("[Service]\n")
 
     def _put(self, *names: str) -> None:
         for name in names:
@@ -104,8 +128,11 @@ class Machine:
         paths.dropin.write_text("server: https://127.0.0.1:1\n")
         (paths.root / "etc/systemd/system").mkdir(parents=True)
         for name in ("k3s.service", "k3s-agent.service"):
-            (paths.root / "etc/systemd/system" / name).touch()
-        (paths.root / "active").touch()
+            (paths.root / "etc/systemd/system" / name).write_text("[Service]\n")
+        server = (paths.k3s_data / "server").exists()
+        for name in ("active", "enabled"):
+            unit = "k3s.service" if server else "k3s-agent.service"
+            (paths.root / name).write_text(f"{unit}\n")
 
     def apply(self, kill_at: int | None = None) -> int:
         """Give the order and carry it out; with ``kill_at`` until that call."""
@@ -145,6 +172,11 @@ class Machine:
     def contents(self) -> dict[str, str]:
         """The files alone."""
         return {name: text for name, (text, _, _) in self.there().items()}
+
+    @property
+    def systemd(self) -> tuple[str, ...]:
+        """Which unit of K3s's runs, and which starts at boot."""
+        return tuple((self.paths.root / name).read_text() for name in ("active", "enabled"))
 
     @property
     def starts(self) -> list[str]:
@@ -188,6 +220,8 @@ def test_apply_is_killed_at_each_step_and_then_finishes(
     assert whole.apply() == 0, read_result(whole.paths)
     expected = whole.contents()
     check(case, expected)
+    runs = "k3s.service\n" if case == "convert" else UNITS.get(case, "")
+    assert whole.systemd == (runs, UNITS.get(case, ""))
     killed = 0
     while True:
         m = Machine(tmp_path / f"killed-{killed + 1}", case, order, ca)
@@ -199,6 +233,7 @@ def test_apply_is_killed_at_each_step_and_then_finishes(
         assert result is not None
         assert result.outcome is Outcome.DONE
         assert m.contents() == expected, f"killed at {killed}"
+        assert m.systemd == whole.systemd, f"killed at {killed}"
         # An agent that was killed after its restart, before that was noted, is restarted again.
         known = (whole.starts, ["restart", "restart"]) if case == "follow" else (whole.starts,)
         assert m.starts in known, f"killed at {killed}: K3s was started {m.starts}"

@@ -44,6 +44,9 @@ class Fake:
     def installed(self, role: ServerOrAgent) -> bool:
         return True
 
+    def owes_start(self, role: ServerOrAgent) -> bool:
+        return False
+
     def install(self, order: Order) -> None:
         self.did.append(f"install {order.role}")
 
@@ -51,7 +54,10 @@ class Fake:
         return self.role is not None
 
     def start(self, role: ServerOrAgent, *, at_boot: bool = True) -> None:
-        assert self.role is None, "two at once"
+        assert self.role in (None, role), "two at once"
+        if self.role is not None:
+            self.did.append(f"enable {role}")
+            return
         self.did.append(f"start {role}" + ("" if at_boot else " as it is"))
         self.role = role
         told = self.paths.dropin.read_text() if self.paths.dropin.exists() else ""

@@ -164,7 +164,8 @@ def test_nodes_say_which_machine_they_are(m: Machine, order: Order) -> None:
         f"k3sagentd/hardware={'0' * 16}",
     ]
     assert m.said()["node-label"] == labels
-    m.does(replace(order, node="ab12", hardware="0" * 16), f"install {order.role}")
+    m.does(replace(order, node="ab12", hardware="0" * 16), f"install {order.role}",
+           f"enable {order.role}")  # fmt: skip
 
 
 @pytest.mark.parametrize("made", [{"epoch": 1}, {"epoch": 0, "generation": 1}])

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every bad input of the configuration: which file, which key, what was found, what is allowed."""
 
+import re
 import traceback
 from pathlib import Path
 
 import pytest
+import yaml
 
 from k3sagentd.config import load_config
 from k3sagentd.core.words import Role
@@ -49,6 +51,11 @@ BAD = {
     "nodes: 5\nk3s: {K3S_URL: x}": "allowed: K3s options in kebab-case, each with",
     "nodes: 5\nk3s: [debug]": "k3s is a list; allowed: a mapping",
     "nodes: 2001-99-99": "a value has the form of a date or a number and is none; allowed",
+    "nodes: 5\nk3s: {node-label: {zone: a}}": "k3s.node-label is a mapping; allowed: a text, a",
+    "nodes: 5\nk3s: {node-label+: [{zone: a}]}": "k3s.node-label+ is a list; allowed: ",
+    "nodes: 5\nk3s: {kubelet-arg: [[a]]}": "k3s.kubelet-arg is a list; allowed: a text, a number,",
+    "nodes: 5\nk3s: {debug: }": "k3s.debug is no text; allowed: a text, a number, true or false",
+    "nodes: 5\nk3s: {pause-image: 2025-01-01}": "k3s.pause-image is no text; allowed: a text, a",
     "nodes: [": "allowed: valid YAML",
     "- 5": "the file is list; allowed: a mapping",
 }
@@ -139,4 +146,19 @@ def test_an_error_in_a_dropin_names_the_dropin(tmp_path: Path) -> None:
     write(tmp_path, "nodes: 3\n")
     path = write(tmp_path, "servers: 4\n", "config.yaml.d/10.yaml")
     with pytest.raises(ConfigError, match=str(path)):
+        load_config(Paths(tmp_path))
+
+
+def test_what_k3s_takes_as_an_option_is_taken(tmp_path: Path) -> None:
+    options = {"node-label": ["a=b", "c=d"], "disable": "traefik", "debug": True, "v": 3}
+    options["kubelet-arg"] = [5, 0.5, False]
+    options["node-taint"] = []
+    write(tmp_path, yaml.safe_dump({"nodes": 5, "k3s": options}))
+    assert load_config(Paths(tmp_path)).k3s == options
+
+
+def test_an_option_in_a_drop_in_names_that_file(tmp_path: Path) -> None:
+    write(tmp_path, "nodes: 5\n")
+    dropin = write(tmp_path, "k3s: {node-label: {zone: a}}\n", "config.yaml.d/10-zone.yaml")
+    with pytest.raises(ConfigError, match=re.escape(f"{dropin}: k3s.node-label is ")):
         load_config(Paths(tmp_path))

@@ -86,6 +86,8 @@ class Server:
     answers: list[int] = field(default_factory=list)
     """Status codes that it gives first, whatever it is asked."""
     asked: list[tuple[str, str]] = field(default_factory=list)
+    mute: str = ""
+    """A path at which it does not speak HTTP."""
 
     def answer(self, path: str, authorization: str) -> tuple[int, bytes]:
         if path == "/cacerts":
@@ -110,6 +112,9 @@ class Server:
 
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self) -> None:
+                if self.path == server.mute:
+                    self.wfile.write(b"SSH-2.0-x\r\n")
+                    return
                 status, body = server.answer(self.path, self.headers.get("Authorization", ""))
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(body)))
@@ -246,6 +251,17 @@ def test_a_busy_server_is_asked_again(serve, paths: Paths, monkeypatch) -> None:
     one.answers = [503]
     with pytest.raises(MachineError, match="answers 503"):
         choose(agent(one), Tokens(OLD), paths)
+
+
+@pytest.mark.parametrize("path", ["/cacerts", "/v1-k3s/config"])
+def test_who_does_not_speak_http_is_a_server_that_does_not_answer(
+    serve, paths: Paths, path: str
+) -> None:
+    broken, other = serve(OLD, AGENT_OLD, mute=path), serve(OLD, AGENT_OLD)
+    tokens = Tokens(OLD)
+    with pytest.raises(MachineError, match="the answer is not HTTP"):
+        credentials.choose(agent(broken), broken.url, tokens, paths)
+    assert credentials.choose(agent(broken, other), None, tokens, paths).server == other.url
 
 
 def test_an_agent_that_is_in_keeps_what_it_has_when_nobody_answers(serve, paths: Paths) -> None:

@@ -498,6 +498,23 @@ def test_links_and_large_files_are_refused(paths: Paths, tmp_path: Path) -> None
     assert not paths.errand.exists()
 
 
+def test_a_fault_of_ours_is_a_failed_errand(
+    paths: Paths, api: FakeApi, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(_: Kube) -> ClusterView:
+        raise KeyError("confidential")
+
+    monkeypatch.setattr(errands, "look", fails)
+    write_errand(paths, LOOK)
+    errands.run(paths)
+    result = read_result(paths)
+    assert result is not None
+    assert result.outcome is Outcome.FAILED
+    assert "a fault of k3sagentd's own: KeyError in k3s/errand.py:" in str(result.reason)
+    assert "confidential" not in str(result.reason)
+    assert "Traceback" in caplog.text
+
+
 def test_a_view_of_many_nodes_comes_back_whole(paths: Paths) -> None:
     nodes = tuple(replace(servers(1, 0)[0], name=f"n{number:04}") for number in range(5000))
     result = ErrandResult(errand=LOOK, outcome=Outcome.DONE, view=ClusterView(nodes=nodes))

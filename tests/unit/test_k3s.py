@@ -4,6 +4,8 @@
 import hashlib
 import json
 import os
+import re
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from k3sagentd.config import load_config
 from k3sagentd.core.k3s import Action, Datastore, Order, Outcome, ServerOrAgent
 from k3sagentd.discovery.addresses import Attachment
 from k3sagentd.errors import ConfigError, MachineError
-from k3sagentd.k3s import dropin, flags
+from k3sagentd.k3s import dropin, facts, flags
 from k3sagentd.k3s.apply import apply
 from k3sagentd.k3s.ca import hash_of_cacerts
 from k3sagentd.k3s.data import MARKER, datastore
@@ -109,7 +111,7 @@ SCRIPT = """#!/bin/sh
 env > {root}/env
 echo "$@" > {root}/arguments
 mkdir -p {root}/etc/systemd/system
-touch {root}/etc/systemd/system/k3s.service
+echo '[Service]' > {root}/etc/systemd/system/k3s.service
 """
 
 
@@ -283,6 +285,55 @@ def test_what_is_on_the_disk_is_told_apart(paths: Paths) -> None:
     assert datastore(paths.k3s_data) is Datastore.AGENT
     data(paths, None)
     assert datastore(paths.k3s_data) is Datastore.ETCD
+
+
+# --- what nobody foresaw --------------------------------------------------------------------
+
+PREPARE = replace(JOIN, action=Action.PREPARE)
+
+
+@pytest.mark.parametrize("at", ["k3sagentd.k3s.apply.preflight", "k3sagentd.k3s.facts.write_facts"])
+def test_a_fault_of_ours_is_a_failed_order_with_a_reason(
+    paths: Paths, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, at: str
+) -> None:
+    """Else the order would stand as one that runs, and be given again after an hour."""
+
+    def fails(*_: object) -> Iterator[str]:
+        raise TypeError("unhashable: confidential")
+
+    binary = paths.root / "k3s"
+    binary.touch(0o755)
+    configure(paths, f"install: {{method: exec, binary: {binary}}}\n")
+    monkeypatch.setattr("k3sagentd.k3s.apply.preflight", lambda *_: iter(()))
+    monkeypatch.setattr(at, fails)
+    write_order(paths, PREPARE)
+    assert apply(paths) == os.EX_TEMPFAIL
+    result = read_result(paths)
+    assert result is not None
+    assert result.outcome is Outcome.FAILED
+    assert re.search(
+        r"a fault of k3sagentd's own: TypeError in k3s/apply.py:\d+; please", str(result.reason)
+    )
+    assert "confidential" not in str(result.reason)
+    assert "unhashable: confidential" in caplog.text
+    assert "Traceback" in caplog.text
+
+
+def test_an_operators_list_that_is_none_is_named(paths: Paths) -> None:
+    paths.k3s_config.write_text("node-label: {zone: a}\n")
+    with pytest.raises(ConfigError, match=r"k3s/config.yaml: node-label is .*; allowed: a text, a"):
+        write(paths, INIT)
+    paths.k3s_config.unlink()
+    write(paths, INIT)
+    (paths.dropin.parent / "99.yaml").write_text("tls-san: [[a]]\n")
+    with pytest.raises(ConfigError, match=r"99.yaml: tls-san is \[\['a'\]\]; allowed: a text"):
+        dropin.check(INIT, None, paths)
+
+
+def test_facts_can_be_told_of_any_yaml(paths: Paths) -> None:
+    paths.k3s_config.write_text("cluster-domain: 2025-01-01\ndisable: {a: [2025-01-01]}\n")
+    found = facts.collect(paths, load_config(paths)).shared_flags
+    assert found == {"cluster-domain": '"2025-01-01"', "disable": '{"a": ["2025-01-01"]}'}
 
 
 # --- small things ---------------------------------------------------------------------------

@@ -142,11 +142,14 @@ def test_the_ports_are_those_of_k3s() -> None:
     assert preflight.VXLAN_PORT == 8472
 
 
-def test_somebody_elses_k3s_is_not_touched(paths: Paths) -> None:
-    unit = paths.root / "etc/systemd/system/k3s-agent.service"
+@pytest.mark.parametrize("name", ["k3s-agent", "k3s-shop"])
+def test_somebody_elses_k3s_is_not_touched(paths: Paths, name: str) -> None:
+    unit = paths.root / f"etc/systemd/system/{name}.service"
     unit.parent.mkdir(parents=True)
-    unit.touch()
-    with pytest.raises(HopelessError, match=r"by somebody else \(.*k3s-agent.service\)"):
+    unit.with_name("k3s-backup.service").write_text("[Service]\nExecStart=/bin/true\n")
+    preflight.check_foreign(config(paths), paths)
+    unit.write_text("[Service]\nExecStart=/usr/local/bin/k3s agent\n")
+    with pytest.raises(HopelessError, match=rf"by somebody else \(.*{name}.service\)"):
         preflight.check_foreign(config(paths), paths)
     paths.installed.parent.mkdir(parents=True)
     paths.installed.touch()

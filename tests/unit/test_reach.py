@@ -34,13 +34,16 @@ def serve(tmp_path: Path, monkeypatch) -> Iterator[Serve]:
     monkeypatch.setattr(reach, "HEAD_START_S", HEAD_START_S)
     with contextlib.ExitStack() as stack:
 
-        def start(name: str, *, slow_s: float = 0.0, status: int = 200) -> str:
+        def start(name: str, *, slow_s: float = 0.0, status: int = 200, says: bytes = b"") -> str:
             context = certificates.serving(tmp_path / name, "127.0.0.1")
             body = (tmp_path / name / "ca.crt").read_bytes()
 
             class Handler(http.server.BaseHTTPRequestHandler):
                 def do_GET(self) -> None:
                     time.sleep(slow_s)
+                    if says:
+                        self.wfile.write(says)
+                        return
                     self.send_response(status)
                     self.end_headers()
                     self.wfile.write(body)
@@ -119,12 +122,14 @@ def test_a_certificate_for_another_name_is_the_last_resort(tmp_path: Path, serve
 def test_what_each_one_said_is_told(tmp_path: Path, serve: Serve, silent: str, monkeypatch) -> None:
     monkeypatch.setattr(reach, "ALL_TIMEOUT_S", 5 * HEAD_START_S)
     theirs, starting, nobody = serve("theirs"), serve("starting", status=503), refused()
+    other = serve("other", says=b"SSH-2.0-x\r\n")
     serve("ours")
     with pytest.raises(MachineError) as caught:
-        reach.find((theirs, silent, starting, nobody), ca_hash(tmp_path))
+        reach.find((theirs, silent, starting, nobody, other), ca_hash(tmp_path))
     text = str(caught.value)
     ours = ca_hash(tmp_path)
     assert f"{theirs} has CA {ca_hash(tmp_path, 'theirs')}, but the site's is {ours}" in text
     assert f"{silent} cannot be reached: no answer in time" in text
     assert f"{starting} answers 503" in text
     assert f"{nobody} cannot be reached: [Errno 111] Connection refused" in text
+    assert f"{other}/cacerts: the answer is not HTTP" in text

@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 
 from k3sagentd.core.k3s import ServerOrAgent
-from k3sagentd.k3s import settings
+from k3sagentd.k3s import settings, units
 from k3sagentd.paths import Paths
 
 UNIT = r"""
@@ -52,6 +52,25 @@ def test_the_command_line_goes_before_files_and_files_before_the_environment(pat
         "with-node-id": True,
     }
     assert "token" not in settings.told(paths, ServerOrAgent.AGENT)
+
+
+def test_a_unit_of_another_name_is_heard_too(paths: Paths) -> None:
+    """INSTALL_K3S_NAME=shop."""
+    system = paths.root / "etc/systemd/system"
+    (system / "k3s-shop.service").write_text(UNIT)
+    (system / "k3s-shop.service.env").write_text("K3S_TOKEN='a'\n")
+    (system / "k3s-backup.service").write_text("[Service]\nExecStart=/usr/bin/backup agent\n")
+    (system / "k3s-edge.service").write_text("[Service]\nExecStart=-/opt/bin/k3s agent\n")
+    (system / "k3s-broken.service").write_text("[Service]\nExecStart=/usr/local/bin/k3s 'x\n")
+    found = settings.told(paths, ServerOrAgent.SERVER)
+    assert (found["token"], found["node-name"]) == ("a", "From-Unit")
+    assert units.find(paths) == {
+        "k3s-shop.service": ServerOrAgent.SERVER,
+        "k3s-edge.service": ServerOrAgent.AGENT,
+    }
+    assert units.name_of(paths, ServerOrAgent.AGENT) == "k3s-edge.service"
+    (system / "k3s-agent.service").touch()
+    assert units.name_of(paths, ServerOrAgent.AGENT) == "k3s-agent.service"
 
 
 def test_a_nodes_name_is_as_certified_else_as_told_else_the_hosts(

@@ -84,6 +84,31 @@ def test_a_keepalived_of_somebody_else_stays(server: Server) -> None:
     assert "stop keepalived.service" not in server.said
 
 
+def named(server: Server, name: str, command: str) -> None:
+    """K3s as its install script makes it with INSTALL_K3S_NAME."""
+    system = server.paths.root / "etc/systemd/system"
+    (system / f"{name}.service").write_text(f"[Service]\nExecStart={command}\n")
+    uninstall = server.paths.root / f"usr/local/bin/{name}-uninstall.sh"
+    text = f"#!/bin/sh\ncd {server.paths.root}\necho uninstall {name} >> said\n"
+    uninstall.write_text(f"{text}rm $0 etc/systemd/system/{name}.service\n")
+    uninstall.chmod(0o755)
+
+
+def test_reset_stops_and_removes_k3s_by_whatever_name(server: Server) -> None:
+    """Else it would start at the next boot, without its data: a second cluster."""
+    named(server, "k3s-shop", "/usr/local/bin/k3s server --cluster-init")
+    named(server, "k3s-edge", "/opt/bin/k3s agent")
+    named(server, "k3s-backup", "/usr/local/bin/k3s etcd-snapshot save")
+    (server.paths.root / "usr/local/bin/k3s-backup-uninstall.sh").unlink()
+    assert operate.reset(server.paths, yes=True) == 0
+    stopped = [line.split()[-1] for line in server.said if line.startswith("disable --now")]
+    assert stopped == ["k3s.service", "k3s-edge.service", "k3s-shop.service"]
+    assert {"uninstall", "uninstall k3s-shop", "uninstall k3s-edge"} <= {*server.said}
+    assert server.said.index("disable --now k3s-shop.service") < server.said.index("uninstall")
+    left = [name for name in server.files() if name.startswith(("etc/systemd", "usr/local"))]
+    assert left == ["etc/systemd/system/k3s-backup.service"], "that is none of K3s's"
+
+
 def test_a_k3s_that_was_there_before_is_named(
     server: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -230,6 +255,13 @@ def test_leave_drains_stops_and_removes_in_this_order(server: Server, daemon: Da
     # Again: there is the daemon to stop, which answers here for ever, and nothing else.
     assert operate.leave(server.paths, yes=True) == 0
     assert daemon.asked == [("drain", True), ("remove", False)]
+
+
+def test_leave_stops_k3s_by_whatever_name(server: Server, daemon: Daemon) -> None:
+    (server.paths.root / "etc/systemd/system/k3s.service").unlink()
+    named(server, "k3s-shop", "/usr/local/bin/k3s server")
+    assert operate.leave(server.paths, yes=True) == 0
+    assert server.said[:2] == ["disable --now k3s-shop.service", "reset-failed k3s-shop.service"]
 
 
 def test_a_leave_that_is_refused_changes_nothing(server: Server, daemon: Daemon) -> None:

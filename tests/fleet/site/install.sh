@@ -18,6 +18,7 @@ case "${1:-}" in
 *) role=$1; shift ;;
 esac
 if [ "$role" = agent ]; then name=k3s-agent type=exec; else name=k3s type=notify; fi
+[ -z "${INSTALL_K3S_NAME:-}" ] || name=k3s-$INSTALL_K3S_NAME
 if [ "$role" = agent ] && [ -n "${K3S_URL:-}" ] && [ -z "${K3S_TOKEN:-}${K3S_TOKEN_FILE:-}" ]; then
     fatal "Defaulted k3s exec command to 'agent' because K3S_URL is defined, but K3S_TOKEN is not"
 fi
@@ -53,13 +54,17 @@ cat >"$uninstall" <<END
 #!/bin/sh
 $bin/k3s-killall.sh
 systemctl disable $name
-rm -f $units/$name.service $units/$name.service.env $bin/k3s $bin/kubectl $bin/crictl $bin/ctr
-rm -rf /etc/rancher/k3s /var/lib/rancher/k3s
+rm -f $units/$name.service $units/$name.service.env $uninstall
 systemctl daemon-reload
-rm -f $bin/k3s-killall.sh $uninstall
+ls $units/k3s*.service >/dev/null 2>&1 && exit
+rm -f $bin/k3s $bin/kubectl $bin/crictl $bin/ctr $bin/k3s-killall.sh
+rm -rf /etc/rancher/k3s /var/lib/rancher/k3s
 END
 chmod 755 "$bin/k3s-killall.sh" "$uninstall"
 
+# Whatever comes of this run, from here on the unit does not start at boot before it is enabled anew.
+systemctl disable "$name" >/dev/null 2>&1 || true
+rm -f "$units/$name.service" "$units/$name.service.env"
 umask 077
 env | grep '^K3S_' | sort >"$units/$name.service.env" || true
 umask 022
