@@ -147,12 +147,19 @@ def _leave_work(kube: KubeNode, wish: Wish) -> dict[str, Any]:
 
 def _is_left_over(node: Node, kube: KubeNode) -> bool:
     """A server's Node that is dead and that the roster does not list: its member must go."""
-    if node.roster.revision == 0 or not kube.server or kube.ready or kube.node is None:
+    owner = kube.node or _adopted_as(node, kube.name)
+    if node.roster.revision == 0 or not kube.server or kube.ready or owner is None:
         return False
-    if kube.node in node.roster.servers:
+    if owner in node.roster.servers:
         return False
-    peer = node.peers.get(kube.node)
+    peer = node.peers.get(owner)
     return peer is None or not peer.up or not peer.hello.member
+
+
+def _adopted_as(node: Node, name: str) -> NodeId | None:
+    """Whose Node this is that was there before us, and so has no label of ours; None: unknown."""
+    adopted = (p.hello for p in node.peers.values() if p.hello.adopted)
+    return next((hello.node for hello in adopted if hello.node_name == name), None)
 
 
 def on_ended(turn: Turn, result: ErrandResult) -> None:

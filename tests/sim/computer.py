@@ -118,6 +118,7 @@ class Computer:
             ca_hash=self.k3s.cluster if server else None,
             fsync_ms=self.plan.fsync_ms,
             shared_flags=self.plan.shared_flags,
+            node_name=self.k3s.name if server and not self.k3s.labelled else None,
         )
 
     def probe(self) -> K3sState:
