@@ -19,7 +19,7 @@ WAIT_LIMIT_S = 300.0
 CONNECT_TIMEOUT_S = 5.0
 LEAVE_TIMEOUT_S = 900.0
 """For one step of leaving: another machine drains this one."""
-LEAVE_STEPS = ("drain", "remove")
+LEAVE_STEPS = ("drain", "stop", "remove")
 
 
 class Answers(Protocol):
@@ -38,7 +38,7 @@ class Answers(Protocol):
         """Take in the facts that root wrote, and tell the others what follows; else why not."""
 
     async def leave(self, step: str) -> str | None:
-        """Have a ready server ``drain`` or ``remove`` this machine.
+        """Have a ready server ``drain`` or ``remove`` this machine, or say that it may ``stop``.
 
         Returns when it is done, or with why it is not.
         """
@@ -133,7 +133,7 @@ class ControlClient:
         await self._ask("POST", "/v1/facts", CONNECT_TIMEOUT_S)
 
     async def leave(self, step: str) -> None:
-        """Have a ready server drain or remove this machine; raises K3sagentdError."""
+        """Ask a ready server for one of ``LEAVE_STEPS``; raises K3sagentdError."""
         await self._ask("POST", "/v1/leave", LEAVE_TIMEOUT_S, {"step": step})
 
     async def _ask(

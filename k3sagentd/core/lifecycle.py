@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from k3sagentd.core import drive, guards
+from k3sagentd.core import drive, guards, standing
 from k3sagentd.core.hello import k3s_role
 from k3sagentd.core.k3s import Action, K3sState, Outcome, ServerOrAgent
 from k3sagentd.core.turn import Turn
@@ -36,7 +36,7 @@ def conflict_is_over(turn: Turn) -> bool:
 
 def abandoned_here(turn: Turn) -> bool:
     """The epoch in which this node was to start the cluster was abandoned."""
-    return drive.must_stand_down(turn.node)
+    return standing.must_stand_down(turn.node)
 
 
 def has_stood_down(turn: Turn) -> bool:
@@ -82,7 +82,7 @@ def may_not_elect(turn: Turn) -> bool:
 def k3s_is_ready(turn: Turn) -> bool:
     """The probe finds this machine's K3s ready, and it is of the sealed cluster."""
     state, seal = turn.node.k3s, turn.node.seal
-    if drive.is_other_role(turn.node):
+    if standing.is_other_role(turn.node):
         return False  # it is ready as what it should not be any more
     if not state.ready or seal is None:
         return False
@@ -107,20 +107,20 @@ def is_superseded(turn: Turn) -> bool:
 
 def is_other_role(turn: Turn) -> bool:
     """The roster changed: K3s here is to be a server and was none, or the other way round."""
-    return drive.is_other_role(turn.node)
+    return standing.is_other_role(turn.node)
 
 
 def cannot_join(turn: Turn) -> bool:
     """A person is needed: a flag differs, or the install failed for good."""
     node = turn.node
-    return drive.flag_mismatch(node) is not None or node.drive.outcome is Outcome.FAILED_FOR_GOOD
+    return standing.flag_mismatch(node) is not None or node.drive.outcome is Outcome.FAILED_FOR_GOOD
 
 
 def may_try_again(turn: Turn) -> bool:
     """What stood in the way is gone, or it is time to look whether it is."""
     node = turn.node
     due = node.drive.retry_at_s is None or turn.now_s >= node.drive.retry_at_s
-    return drive.flag_mismatch(node) is None and due
+    return standing.flag_mismatch(node) is None and due
 
 
 # --- actions --------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from k3sagentd.core import (
     ranking,
     registration,
     roster,
+    standing,
     steward,
 )
 from k3sagentd.core.effects import Announce, Effect
@@ -197,7 +198,7 @@ def _campaign(turn: Turn) -> None:
 def _decide_alone(turn: Turn) -> None:
     """The forced node enters the seal itself: the operator stands in for the quorum."""
     node = turn.node
-    if node.seal is None and node.is_forced and (seal := drive.own_seal(node)):
+    if node.seal is None and node.is_forced and (seal := standing.own_seal(node)):
         _enter(turn, seal)
 
 
@@ -222,9 +223,9 @@ def _plan(node: Node, now_s: float) -> tuple[float, Intent, Seal | Abandon | Non
         at_s = node.phase_since_s + turn_of * election.STAGGER_S + election.pause_s(node)
         return max(at_s, earliest_s), Intent.NOMINATE, None
     if node.is_init:
-        if reason := drive.init_failure(node, now_s):
+        if reason := standing.init_failure(node, now_s):
             return earliest_s, Intent.ABANDON, Abandon(reason=reason)
-        if seal := drive.own_seal(node):
+        if seal := standing.own_seal(node):
             return earliest_s, Intent.SEAL, seal
         return None
     nomination = node.nomination
@@ -257,7 +258,7 @@ def _on_forced(turn: Turn) -> None:
     generation = Generation(number=node.generation.number + 1, by=node.id)
     durable = node.durable
     kept: dict[str, Any] = {}
-    if drive.has_own_start(node):
+    if standing.has_own_start(node):
         kept = {
             "started_epoch": durable.started_epoch,
             "started_generation": durable.started_generation,
@@ -303,7 +304,7 @@ def _deadlines(node: Node) -> Iterator[float]:
         yield registration.due_s(node)
         yield node.drive.ordered_s + drive.KEPT_OUT_S
         yield drive.down_due_s(node)
-        yield drive.barrier_until_s(node)
+        yield standing.barrier_until_s(node)
     yield from steward.deadlines(node)
     yield from leaving.deadlines(node)
     if node.phase is NodePhase.INITIALISING and node.drive.first_order_s is not None:

@@ -9,7 +9,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, assert_never
 
-from k3sagentd.core import drive, election, guards, log, paxos, ranking, registration, roster
+from k3sagentd.core import (
+    drive,
+    election,
+    guards,
+    log,
+    paxos,
+    ranking,
+    registration,
+    roster,
+    standing,
+)
 from k3sagentd.core.hello import fixed_urls, has_etcd, k3s_role, own_hello
 from k3sagentd.core.k3s import Outcome, ServerOrAgent
 from k3sagentd.core.messages import Hello
@@ -44,7 +54,7 @@ def _waiting_for(node: Node, now_s: float) -> str | None:
         return "the facts about this machine's disk (written by k3sagentd facts)"
     if node.address is None:
         return "an address on the network interface"
-    trouble = drive.unfinished(node) or drive.moved(node)
+    trouble = standing.unfinished(node) or standing.moved(node)
     if trouble is not None and node.phase is not NodePhase.READY:
         return f"a person: {trouble}"
     match node.phase:
@@ -63,7 +73,7 @@ def _waiting_for(node: Node, now_s: float) -> str | None:
         case NodePhase.CONFLICT:
             return f"a person: {guards.conflict(node)}"
         case NodePhase.FAILED:
-            return f"a person: {drive.flag_mismatch(node) or _result(node, now_s)}"
+            return f"a person: {standing.flag_mismatch(node) or _result(node, now_s)}"
         case NodePhase.READY:
             return None
         case _:
@@ -148,7 +158,7 @@ def _initialising(node: Node, now_s: float) -> str:
         return guards.quorum_missing(node) or "the newest entries of the bootstrap log"
     if node.is_forced:
         return _result(node, now_s)  # nobody votes beside it
-    if reason := drive.init_failure(node, now_s):
+    if reason := standing.init_failure(node, now_s):
         missing = guards.quorum_missing(node)
         line = f"{node.quorum} of {node.nodes} to abandon this node: {reason}"
         return f"{line}; {missing}" if missing else line
@@ -156,7 +166,7 @@ def _initialising(node: Node, now_s: float) -> str:
         return f"a quorum to seal the cluster; its own vote waits: {trouble}"
     if node.durable.muted:
         return f"another node to be chosen in its place: {node.durable.muted}"
-    if drive.own_seal(node) is not None:
+    if standing.own_seal(node) is not None:
         missing = guards.quorum_missing(node) or node.last_reject
         return f"a quorum to seal the cluster{f': {missing}' if missing else ''}"
     return _result(node, now_s)
@@ -168,14 +178,14 @@ def _joining(node: Node, now_s: float) -> str:
     asked = node.drive.asks > 0 or node.drive.told is not None
     if node.durable.muted and (asked or drive.is_kept_out(node, now_s)):
         return f"a person: {node.durable.muted}"
-    stays = drive.is_other_role(node) and k3s_role(node) is ServerOrAgent.AGENT
+    stays = standing.is_other_role(node) and k3s_role(node) is ServerOrAgent.AGENT
     if stays and node.leaving is not None and not node.leaving.done:
         told = node.leaving.refused or node.leaving.told or "a ready server of the cluster"
         return f"{told}; then this server becomes an agent"
     if node.drive.outcome is not Outcome.DONE:
         return _result(node, now_s)
-    barrier = drive.join_barrier(node)
-    if node.phase is NodePhase.JOINING and not drive.is_member(node):
+    barrier = standing.join_barrier(node)
+    if node.phase is NodePhase.JOINING and not standing.is_member(node):
         if node.drive.prepared and barrier is not None and not node.drive.registration:
             return barrier
         if node.drive.told is not None and not node.drive.registration:
@@ -327,10 +337,10 @@ def notes(node: Node, now_s: float) -> list[str]:
             "first boot; on all but one: rm -f /etc/machine-id /var/lib/dbus/machine-id; "
             "systemd-machine-id-setup; reboot"
         )
-    leaving, stays = node.leaving, drive.is_other_role(node)
+    leaving, stays = node.leaving, standing.is_other_role(node)
     if leaving is not None and not (leaving.done or leaving.refused or stays):
         found.append(f"k3sagentd leave, {leaving.step}: waits for {leaving.told or 'a server'}")
-    if node.phase is NodePhase.READY and (half := drive.unfinished(node)):
+    if node.phase is NodePhase.READY and (half := standing.unfinished(node)):
         found.append(half)
     result = node.drive.result
     if node.phase is NodePhase.READY and result is not None and result.reason is not None:

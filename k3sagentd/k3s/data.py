@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -114,6 +114,25 @@ def put_aside(path: Path, name: str, *, keep: tuple[str, ...] = ()) -> Path:
     move(path, aside)
     log.warning("%s is %s now", path, aside)
     return aside
+
+
+def has_content(path: Path) -> bool:
+    """Whether there is anything that ``put_aside`` would move."""
+    if not path.is_dir():
+        return False
+    mounts = mount_points(path)
+    return any(_moves(path, mounts) if mounts else path.iterdir())
+
+
+def _moves(path: Path, mounts: Collection[Path]) -> Iterator[Path]:
+    """What ``_empty`` would move."""
+    holding = {each for mount in mounts for each in (mount, *mount.parents)}
+    for piece in path.iterdir():
+        if piece not in holding:
+            if not _stays(piece):
+                yield piece
+        elif piece.is_dir():
+            yield from _moves(piece, mounts)
 
 
 def _empty(path: Path, suffix: str, mounts: Collection[Path], keep: tuple[str, ...] = ()) -> Path:

@@ -43,6 +43,8 @@ def leave(paths: Paths, config: Config, say: Say) -> None:
     if progress is None:
         say("a server drains this machine; that may take some minutes")
         _ask(paths, "drain")
+        # That took its time, and others may have gone or left meanwhile.
+        _ask(paths, "stop")
         progress = underway.save(paths, Progress(command=COMMAND, step=DRAINED))
     if progress.step == DRAINED:
         say("stop K3s, now and at every boot")

@@ -17,12 +17,14 @@ from k3sagentd.config import Config
 from k3sagentd.errors import ConfigError
 from k3sagentd.files import fsync_directory
 from k3sagentd.k3s import underway, units
+from k3sagentd.k3s.data import has_content, put_aside
 from k3sagentd.k3s.facts import write_facts
 from k3sagentd.k3s.install import method, run
 from k3sagentd.paths import Paths
 from k3sagentd.upkeep import service
 
 UNINSTALL_TIMEOUT_S = 900.0
+ASIDE = "k3s.reset"
 KEEPALIVED_HEADER = b"# Written by k3sagentd"
 
 Say = Callable[[str], None]
@@ -43,7 +45,8 @@ def is_needed(paths: Paths) -> bool:
         paths.left.exists()
         or bool(uninstall_scripts(paths))
         or any(any(each) for each in (_inside(paths.state), _inside(paths.root_state)))
-        or any(each.exists() for each in (paths.k3s_data, paths.dropin))
+        or has_content(paths.k3s_data)
+        or paths.dropin.exists()
         or any(_tokens(paths))
     )
 
@@ -57,8 +60,8 @@ def question(paths: Paths, config: Config) -> str:
     if scripts:
         names = ", ".join(each.name for each in scripts)
         lines.append(f"K3s and its data on this machine are DELETED ({names}).")
-    elif paths.k3s_data.exists():
-        lines.append(f"K3s stops here; its data is moved aside ({_aside(paths.k3s_data)}).")
+    elif has_content(paths.k3s_data):
+        lines.append(f"K3s stops here; its data is moved aside ({ASIDE}).")
     lines += [
         f"Identity and votes ({paths.state}) are deleted; {paths.config.parent} stays.",
         "A member of a cluster leaves it first (k3sagentd leave), or it stays there as a dead one.",
@@ -104,11 +107,9 @@ def _remove_k3s(paths: Paths, config: Config) -> Iterator[str]:
     for script in uninstall_scripts(paths):
         yield f"run {script}"
         run([str(script)], timeout_s=UNINSTALL_TIMEOUT_S, what=script.name)
-    if any(_inside(paths.k3s_data)):
-        aside = _aside(paths.k3s_data)
-        yield f"move {paths.k3s_data} to {aside}"
-        paths.k3s_data.rename(aside)
-        fsync_directory(aside.parent)
+    if has_content(paths.k3s_data):
+        yield f"move what is in {paths.k3s_data} aside"
+        put_aside(paths.k3s_data, ASIDE)
 
 
 def _remove_keepalived(paths: Paths, config: Config) -> Iterator[str]:
@@ -130,14 +131,6 @@ def _tokens(paths: Paths) -> list[Path]:
 
 def _inside(directory: Path) -> list[Path]:
     return list(directory.iterdir()) if directory.is_dir() else []
-
-
-def _aside(data: Path) -> Path:
-    """A name that is free."""
-    number, aside = 2, data.with_name(f"{data.name}.reset")
-    while aside.exists():
-        aside, number = data.with_name(f"{data.name}.reset-{number}"), number + 1
-    return aside
 
 
 def _remove(path: Path) -> None:

@@ -298,7 +298,7 @@ FAULTS = (
         "stands down on another epoch's abandonment",
         500,
         (
-            f"{CORE}.drive:must_stand_down",
+            f"{CORE}.standing:must_stand_down",
             "log.is_abandoned(node.log, started)",
             "bool(log.abandonments(node.log))",
         ),

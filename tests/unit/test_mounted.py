@@ -13,7 +13,7 @@ import pytest
 
 from k3sagentd.core.k3s import Action, Datastore
 from k3sagentd.k3s import change_role, data, forget, mounts
-from k3sagentd.k3s.data import Marker, datastore, put_aside, read_marker, write_marker
+from k3sagentd.k3s.data import Marker, datastore, has_content, put_aside, read_marker, write_marker
 from tests.unit.rooted import (
     AGENT,
     AS_AGENT,
@@ -93,7 +93,9 @@ def test_standing_down_leaves_k3s_nothing(m: Machine, mount: Mount, layout: tupl
     abandoned(m, *AS_SERVER, WAL)
     mount(*layout)
     before = files(m)
+    assert has_content(m.paths.k3s_data)
     m.does(STAND_DOWN, "stop")
+    assert not has_content(m.paths.k3s_data), "nothing for a reset to move"
     assert datastore(m.paths.k3s_data) is Datastore.NONE
     assert read_marker(m.paths.k3s_data) is None
     assert not m.paths.dropin.exists()
@@ -272,7 +274,7 @@ def test_a_link_to_a_disk_is_renamed(tmp_path: Path) -> None:
 
 REAL = """
 import pathlib, subprocess, sys
-from k3sagentd.k3s.data import put_aside
+from k3sagentd.k3s.data import put_aside, has_content
 top = pathlib.Path(sys.argv[1])
 for each in (top, top / "server"):
     each.mkdir(exist_ok=True)

@@ -8,7 +8,7 @@ import ifaddr
 import pytest
 
 from k3sagentd.config import load_config
-from k3sagentd.core import drive, machine, status
+from k3sagentd.core import machine, standing, status
 from k3sagentd.core.events import AddressChanged, FactsRead, HelloReceived, K3sProbed, PeerLost
 from k3sagentd.core.hello import own_hello
 from k3sagentd.core.k3s import Datastore, Facts, K3sState
@@ -63,7 +63,7 @@ def test_who_says_that_it_moved(
     here = node(found, address, *also)
     assert own_hello(here).moved is moved
     assert (status.waiting_for(here, 0.0) == LINE) is moved
-    assert (drive.moved(here) is not None) is moved
+    assert (standing.moved(here) is not None) is moved
 
 
 def test_whoever_is_ready_is_a_member_whatever_its_address() -> None:

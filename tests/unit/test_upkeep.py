@@ -172,10 +172,10 @@ def test_the_daemons_answer_to_a_forced_start_is_shown(
     assert "there are two clusters for good" in capsys.readouterr().out
 
 
-def test_only_two_steps_can_be_asked_for(server: Server, daemon: Daemon) -> None:
+def test_only_its_steps_can_be_asked_for(server: Server, daemon: Daemon) -> None:
     from k3sagentd.control import ControlClient
 
-    with pytest.raises(K3sagentdError, match="none of drain, remove"):
+    with pytest.raises(K3sagentdError, match="none of drain, stop, remove"):
         asyncio.run(ControlClient(server.paths.control).leave("explode"))
     assert daemon.asked == []
 
@@ -243,7 +243,7 @@ def test_the_lock_goes_with_its_holder(server: Server) -> None:
 
 def test_leave_drains_stops_and_removes_in_this_order(server: Server, daemon: Daemon) -> None:
     assert operate.leave(server.paths, yes=True) == 0
-    assert daemon.asked == [("drain", True), ("remove", False)]
+    assert daemon.asked == [("drain", True), ("stop", True), ("remove", False)]
     assert server.said == [
         "disable --now k3s.service",
         "reset-failed k3s.service",
@@ -254,7 +254,7 @@ def test_leave_drains_stops_and_removes_in_this_order(server: Server, daemon: Da
     assert (server.paths.k3s_data / "server/db/etcd/name").exists()
     # Again: there is the daemon to stop, which answers here for ever, and nothing else.
     assert operate.leave(server.paths, yes=True) == 0
-    assert daemon.asked == [("drain", True), ("remove", False)]
+    assert daemon.asked == [("drain", True), ("stop", True), ("remove", False)]
 
 
 def test_leave_stops_k3s_by_whatever_name(server: Server, daemon: Daemon) -> None:
@@ -264,8 +264,9 @@ def test_leave_stops_k3s_by_whatever_name(server: Server, daemon: Daemon) -> Non
     assert server.said[:2] == ["disable --now k3s-shop.service", "reset-failed k3s-shop.service"]
 
 
-def test_a_leave_that_is_refused_changes_nothing(server: Server, daemon: Daemon) -> None:
-    daemon.errors["drain"] = "removing n1 would cost the quorum"
+@pytest.mark.parametrize("step", ["drain", "stop"])
+def test_a_leave_that_is_refused_changes_nothing(server: Server, daemon: Daemon, step: str) -> None:
+    daemon.errors[step] = "removing n1 would cost the quorum"
     before = server.files()
     with pytest.raises(UnavailableError, match="would cost the quorum"):
         operate.leave(server.paths, yes=True)
@@ -281,7 +282,7 @@ def test_a_leave_goes_on_where_it_was(server: Server, daemon: Daemon) -> None:
     assert not server.paths.left.exists()
     daemon.errors.clear()
     assert operate.leave(server.paths, yes=True) == 0
-    assert [step for step, _ in daemon.asked] == ["drain", "remove", "remove"]
+    assert [step for step, _ in daemon.asked] == ["drain", "stop", "remove", "remove"]
 
 
 @pytest.mark.parametrize("step", [leave.DRAINED, leave.STOPPED, leave.REMOVED])
