@@ -274,7 +274,7 @@ def test_a_link_to_a_disk_is_renamed(tmp_path: Path) -> None:
 
 REAL = """
 import pathlib, subprocess, sys
-from k3sagentd.k3s.data import put_aside, has_content
+from k3sagentd.k3s.data import put_aside
 top = pathlib.Path(sys.argv[1])
 for each in (top, top / "server"):
     each.mkdir(exist_ok=True)
