@@ -231,17 +231,18 @@ def _next(
 
 
 def _best(node: Node, here: list[Hello], others: list[Hello], now_s: float) -> tuple[NodeId, ...]:
-    """Those who should be servers, best first: who was asked to, who is one, the faster disk, who
-    runs nothing yet."""
-    stepping_down = any(hello.role is Role.AGENT for hello in here)
+    """Those who should be servers, best first: who was one before us and is not ours to demote, who
+    was asked to, who is one, the faster disk, who runs nothing yet."""
+    stepping_down = any(h.role is Role.AGENT and not h.adopted for h in here)
     vacant = stepping_down or is_overdue(node, now_s)
-    able = [h for h in here if h.role is not Role.AGENT and (h.member or h.sound)]
+    able = [h for h in here if (h.adopted or h.role is not Role.AGENT) and (h.member or h.sound)]
     able += [h for h in others if may_serve(h) and (vacant or h.role is Role.SERVER)]
     asked_for = sum(hello.role is Role.SERVER for hello in able)
     size = ranking.odd(min(max(node.site.servers, asked_for), len(able)))
 
-    def key(hello: Hello) -> tuple[bool, bool, bool, int, bool, bytes]:
+    def key(hello: Hello) -> tuple[bool, bool, bool, bool, int, bool, bytes]:
         return (
+            not (hello.adopted and hello.member),
             hello.role is not Role.SERVER,
             not hello.member,
             hello.k3s_role is not SERVER,
