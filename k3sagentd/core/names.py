@@ -31,7 +31,9 @@ def _is_unused(node: Node) -> bool:
     order, facts = node.drive.order, node.facts
     started = order is not None and order.action is not Action.PREPARE
     blank = facts is not None and facts.datastore is Datastore.NONE
-    return blank and not started and node.durable.started_epoch is None
+    # A clone keeps the name as well: that of its twin, under which K3s refuses it.
+    durable = node.durable
+    return blank and not started and durable.started_epoch is None and durable.muted is None
 
 
 def choose(node: Node) -> str:
