@@ -111,6 +111,9 @@ def servers_missing(world: World) -> str | None:
     servers = max(m.plan.servers for m in running)
     if len(fit) < servers:
         return None
+    ids = [c.id for c in world.computers]
+    if len(set(ids)) < len(ids):
+        return None  # of two with one identity a person must reset one, whichever lives
     members = world.clusters[seal.ca_hash].members
     alive = [m for m in running if m.k3s.member in members]
     if any(machine_excuse(world, m) is not None for m in alive):
