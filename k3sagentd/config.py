@@ -132,8 +132,11 @@ def load_config(paths: Paths) -> Config:
 
 def _check_options(merged: Merged) -> None:
     for key, value in merged.inner("k3s").values.items():
+        file, plain = merged.file_of("k3s"), str(key).rstrip("+")
+        if plain in OURS:
+            allowed = f"any K3s option but {plain} ({OURS[plain]})"
+            raise ConfigError(f"{file}: k3s.{key} is set; allowed: {allowed}")
         if not is_option(value):
-            file = merged.file_of("k3s")
             raise ConfigError(f"{file}: k3s.{key} is {_kind(value)}; allowed: {OPTION}")
 
 
@@ -300,9 +303,6 @@ def _mapping(value: Any) -> dict[str, Any]:
 
 def _k3s(value: Any) -> dict[str, Any]:
     for key in _mapping(value):
-        plain = str(key).rstrip("+")
-        if plain in OURS:
-            raise ValueError(f"any K3s option but {plain} ({OURS[plain]})")
         if not re.fullmatch(r"[a-z0-9-]+\+?", str(key)):
             begin = re.split(r"[^\w-]", str(key))[0]  # the rest may be its value
             raise ValueError(

@@ -258,7 +258,8 @@ def quorum_lost(node: Node) -> str | None:
     for each in roster.members(node):
         peer = node.peers.get(each)
         unknown = peer is None and not node.k3s.ready and has_etcd(node)
-        if each == node.id or unknown or (peer is not None and peer.hello.member):
+        known = each == node.id or unknown or (peer is not None and peer.hello.member)
+        if known and not _was_removed(node, each):
             members.append(each)
     silent = [each for each in members if roster.absent_since_s(node, each) is not None]
     here, needed = len(members) - len(silent), paxos.quorum(len(members))
@@ -271,6 +272,15 @@ def quorum_lost(node: Node) -> str | None:
         f"{here} of etcd's {len(members)} servers here, {needed} must be, or the cluster takes no "
         f"changes: power on {missing}{names}"
     )
+
+
+def _was_removed(node: Node, machine: NodeId) -> bool:
+    """Whether a machine had no Node any more when we looked at the cluster after it fell silent."""
+    since_s, view = roster.absent_since_s(node, machine), node.steward.view
+    if since_s is None or view is None or node.steward.viewed_s <= since_s:
+        return False
+    name = node.name_of(machine)
+    return not any(kube.node == machine or kube.name == name for kube in view.nodes)
 
 
 def duration(seconds: float) -> str:

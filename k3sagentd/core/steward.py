@@ -316,7 +316,7 @@ def refusal(view: ClusterView, kube: KubeNode, step: LeaveStep) -> str | None:
     if ready < (needed := paxos.quorum(members)):
         return (
             f"{ready} of the {len(stay)} servers that stay are ready{_cordoned(stay)}, {needed} "
-            "must be: without a quorum the cluster takes no changes"
+            "must be: without a quorum the cluster takes no changes; wait for them, or add a server"
         )
     return None
 

@@ -173,8 +173,8 @@ def machine_excuse(world: World, m: Computer) -> str | None:
     seal, nomination = sealed_to(world), m.node.nomination
     if m.plan.install_fails_for_good:
         return "its install fails for good"
-    if any(c is not m and c.id == m.id and c.node is not None for c in world.computers):
-        return "another live machine has its identity"
+    if any(c is not m and c.id == m.id for c in world.computers):
+        return "another machine has its identity"
     if seal is None:
         return None
     if m.plan.shared_flags and seal.shared_flags != m.plan.shared_flags:

@@ -270,3 +270,17 @@ def test_no_force_while_an_abandoned_start_is_put_aside() -> None:
     wire = play("site a b c nodes=3\non a b c\nmeet a b c\ngo 10s\napply a hopeless\ngo 30s")
     assert node_of(wire, "a").phase is NodePhase.STANDING_DOWN
     assert "put aside" in str(guards.why_not_force(node_of(wire, "a")))
+
+
+def test_who_left_is_not_asked_for_when_etcd_has_no_quorum() -> None:
+    wire = play(THREE_SERVERS + "\noff b\ngo 5s")
+    del wire._kube.nodes["b"]
+    node = node_of(wire, "a")
+    look = replace(node.steward, view=wire._kube.view(), viewed_s=wire.now_s)
+    wire.machines["a"].node = node.but(steward=look)
+    play("go 5s\noff c\ngo 1s", wire)
+    feed(wire, "a", K3sState(detail="its server does not answer"))
+    lost = status.quorum_lost(node_of(wire, "a"))
+    assert lost is not None
+    assert lost.startswith("1 of etcd's 2 servers here, 2 must be")
+    assert lost.endswith("power on c")

@@ -47,7 +47,7 @@ BAD = {
     "nodes: 5\ninstall: {url: x}": "install.url is not a setting; allowed: binary, channel",
     "nodes: 5\nk3s: {cluster-init: true}": "allowed: any K3s option but cluster-init",
     "nodes: 5\nk3s: {server: 'https://a'}": "allowed: any K3s option but server",
-    "nodes: 5\nk3s: {token: x}": "k3s is a mapping; allowed: any K3s option but token",
+    "nodes: 5\nk3s: {token: x}": "k3s.token is set; allowed: any K3s option but token",
     "nodes: 5\nk3s: {K3S_URL: x}": "allowed: K3s options in kebab-case, each with",
     "nodes: 5\nk3s: [debug]": "k3s is a list; allowed: a mapping",
     "nodes: 2001-99-99": "a value has the form of a date or a number and is none; allowed",
