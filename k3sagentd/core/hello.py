@@ -84,14 +84,15 @@ def may_be_member(node: Node) -> bool:
 
 
 def is_sound(node: Node) -> bool:
-    """Whether what was last ordered was done, or is tried for the first time."""
+    """Whether what was last ordered was done, or is tried for the first time, or changes only what
+    K3s is told while it is ready."""
     order, outcome = node.drive.order, node.drive.outcome
     if node.phase is NodePhase.FAILED:
         return False
     return (
         order is None
         or outcome is Outcome.DONE
-        or (outcome is Outcome.RUNNING and order.attempt == 0)
+        or (outcome is Outcome.RUNNING and (order.attempt == 0 or node.phase is NodePhase.READY))
     )
 
 

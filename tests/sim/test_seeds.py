@@ -32,6 +32,7 @@ FOUND = {
     2877: "a start was forced while an abandoned one was put aside",
     3195: "an agent by the roster was a server, and stayed in etcd",
     4399: "a server was told to join while root put its data aside",
+    8577: "an agent that was only told of other servers was not fit to be one, for an hour",
     7035: "a clone took another name and joined beside its twin",
     4811: "the one server too many was one from before, which is not ours to demote",
     4427: "the Node of an adopted server that was gone for good stayed",
