@@ -71,6 +71,14 @@ def on_answer(turn: Turn, sender: NodeId, message: LeaveAnswer) -> None:
     turn.set(leaving=replace(leaving, done=message.done, refused=message.refused, told=told))
 
 
+def waits_for(node: Node) -> str | None:
+    """What the step that is under way waits for; None where there is none."""
+    leaving = node.leaving
+    if leaving is None or leaving.done or leaving.refused:
+        return None
+    return leaving.told or "a server"
+
+
 def deadlines(node: Node) -> Iterator[float]:
     """When a server is asked again."""
     leaving = node.leaving

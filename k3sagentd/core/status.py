@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a node says of itself and of the site: the JSON of the design, section 6.
+"""What a node says to people.
 
 ``waiting_for`` is the one line that a person reads at every moment; None only when all is done.
 """
@@ -7,35 +7,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, assert_never
+from typing import assert_never
 
 from k3sagentd.core import (
     drive,
     election,
     guards,
+    leaving,
     log,
     paxos,
     ranking,
-    registration,
     roster,
     standing,
 )
-from k3sagentd.core.hello import fixed_urls, has_etcd, k3s_role, own_hello
+from k3sagentd.core.hello import has_etcd, k3s_role, own_hello
 from k3sagentd.core.k3s import Outcome, ServerOrAgent
 from k3sagentd.core.messages import Hello
 from k3sagentd.core.state import Accepting, Node, Preparing
-from k3sagentd.core.words import NodeId, NodePhase, Role, SitePhase
-
-
-def site_phase(node: Node) -> SitePhase:
-    """Where the site stands, as this node sees it."""
-    if node.phase is NodePhase.CONFLICT:
-        return SitePhase.CONFLICT
-    if node.seal is not None:
-        return SitePhase.SEALED
-    if node.nomination is not None:
-        return SitePhase.NOMINATED
-    return SitePhase.ELECTING if node.phase is NodePhase.ELECTING else SitePhase.DISCOVERING
+from k3sagentd.core.words import NodeId, NodePhase, Role
 
 
 def waiting_for(node: Node, now_s: float) -> str | None:
@@ -347,9 +336,9 @@ def notes(node: Node, now_s: float) -> list[str]:
             "first boot; on all but one: rm -f /etc/machine-id /var/lib/dbus/machine-id; "
             "systemd-machine-id-setup; reboot"
         )
-    leaving, stays = node.leaving, standing.is_other_role(node)
-    if leaving is not None and not (leaving.done or leaving.refused or stays):
-        found.append(f"k3sagentd leave, {leaving.step}: waits for {leaving.told or 'a server'}")
+    asked = leaving.waits_for(node)
+    if node.leaving is not None and asked and not standing.is_other_role(node):
+        found.append(f"k3sagentd leave, {node.leaving.step}: waits for {asked}")
     if node.phase is NodePhase.READY and (half := standing.unfinished(node)):
         found.append(half)
     result = node.drive.result
@@ -357,70 +346,3 @@ def notes(node: Node, now_s: float) -> list[str]:
         # K3s does its part; the rest of what was ordered is tried again all the same.
         found.append(f"{result.order.action} failed at «{result.step}»: {result.reason}")
     return [*found, *_servers(node, now_s)]
-
-
-def shown_role(node: Node) -> str:
-    """K3s's role once it is known, else what the operator asked for."""
-    return str(k3s_role(node) or node.site.role)
-
-
-def as_json(node: Node, now_s: float) -> dict[str, Any]:
-    """What ``k3sagentd status --json`` prints."""
-    seal, nomination = node.seal, node.nomination
-    handed_out = registration.registration(node, node.id, ServerOrAgent.AGENT)
-    own = own_hello(node)
-    fixed = fixed_urls(node) if handed_out else ()
-    urls = {*(handed_out.servers if handed_out else ()), *fixed}
-    if own.server_url:
-        urls.add(own.server_url)
-    return {
-        "site": {
-            "id": None,
-            "phase": str(site_phase(node)),
-            "epoch": log.epoch(node.log),
-            "nodes": node.nodes,
-            "servers": node.site.servers,
-            "seen": node.seen,
-            "quorum": node.quorum,
-            "init_node": nomination.init if nomination else None,
-            "ca_hash": seal.ca_hash if seal else None,
-            "registration": [*fixed, *sorted(urls - set(fixed))],
-            "roster": list(roster.members(node)),
-            "generation": node.generation.number,
-            "votes": node.votes.get(len(node.log) - 1),
-        },
-        "node": {
-            "id": node.id,
-            "name": own.node_name or own.hostname,
-            "address": node.address,
-            "role": shown_role(node),
-            "phase": str(node.phase),
-            "waiting_for": waiting_for(node, now_s),
-            "notes": notes(node, now_s),
-            "refused": [{"address": a, "reason": r} for a, r in node.refused.items()],
-        },
-        "nodes": sorted(
-            [_row(own, 0.0), *_peer_rows(node, now_s)], key=lambda row: (row["name"], row["id"])
-        ),
-    }
-
-
-def _peer_rows(node: Node, now_s: float) -> list[dict[str, Any]]:
-    return [
-        _row(peer.hello, 0.0 if peer.up else max(0.1, now_s - peer.heard_s))
-        for peer in node.peers.values()
-    ]
-
-
-def _row(hello: Hello, age_s: float) -> dict[str, Any]:
-    """``age_s`` is 0 for who is heard, and for nobody else."""
-    return {
-        "id": hello.node,
-        "name": hello.node_name or hello.hostname,
-        "address": hello.address,
-        "role": str(hello.k3s_role or hello.role),
-        "phase": str(hello.phase),
-        "age_s": round(age_s, 1),
-        "member": hello.member,
-        "moved": hello.moved,
-    }

@@ -17,7 +17,7 @@ from typing import Any
 from k3sagentd import schema, store, systemd
 from k3sagentd.config import Config
 from k3sagentd.control import ControlServer
-from k3sagentd.core import guards, machine, registration, status
+from k3sagentd.core import guards, machine, registration, status, view
 from k3sagentd.core.cluster import Errand, ErrandResult
 from k3sagentd.core.events import AddressChanged, ErrandEnded, InitForced, LeaveAsked, Tick
 from k3sagentd.core.hello import k3s_role, live_servers, name_answer, url_of
@@ -163,7 +163,7 @@ class Daemon:
         """For ``k3sagentd status``."""
         await self.engine.changed(after, wait_s)
         node = self.engine.node
-        document = status.as_json(node, time.monotonic())
+        document = view.as_json(node, time.monotonic())
         document["site"]["id"] = self._membership.site_id
         document["site"]["also"] = sorted(self._membership.site_ids - {self._membership.site_id})
         document["site"]["registration"] += self._by_name()

@@ -8,11 +8,13 @@ would make the Node again. Refused by that server where the quorum would go.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 
 from k3sagentd.config import Config
 from k3sagentd.control import ControlClient
+from k3sagentd.errors import K3sagentdError
 from k3sagentd.k3s import keepalived, underway
 from k3sagentd.k3s.install import method
 from k3sagentd.k3s.underway import Progress
@@ -20,6 +22,8 @@ from k3sagentd.paths import Paths
 from k3sagentd.upkeep import service
 
 COMMAND = "leave"
+LOOK_S = 5.0
+"""Until the operator is told what is waited for, and again when that is something else."""
 DRAINED, STOPPED, REMOVED = "drained", "stopped", "removed"
 QUESTION = """\
 This machine leaves its cluster: what runs on it moves elsewhere, K3s stops here, and its Node is
@@ -42,9 +46,9 @@ def leave(paths: Paths, config: Config, say: Say) -> None:
         progress = Progress(command=COMMAND, step=REMOVED)
     if progress is None:
         say("a server drains this machine; that may take some minutes")
-        _ask(paths, "drain")
+        _ask(paths, "drain", say)
         # That took its time, and others may have gone or left meanwhile.
-        _ask(paths, "stop")
+        _ask(paths, "stop", say)
         progress = underway.save(paths, Progress(command=COMMAND, step=DRAINED))
     if progress.step == DRAINED:
         say("stop K3s, now and at every boot")
@@ -54,7 +58,7 @@ def leave(paths: Paths, config: Config, say: Say) -> None:
         progress = underway.save(paths, replace(progress, step=STOPPED))
     if progress.step == STOPPED:
         say("a server deletes this machine's Node")
-        _ask(paths, "remove")
+        _ask(paths, "remove", say)
         underway.save(paths, replace(progress, step=REMOVED))
     say("stop the daemon, now and at every boot")
     service.mark(paths, "this machine has left its site; k3sagentd reset makes a new one of it")
@@ -62,5 +66,18 @@ def leave(paths: Paths, config: Config, say: Say) -> None:
     service.stop(paths, config)
 
 
-def _ask(paths: Paths, step: str) -> None:
-    asyncio.run(ControlClient(paths.control).leave(step))
+def _ask(paths: Paths, step: str, say: Say) -> None:
+    asyncio.run(_answered(ControlClient(paths.control), step, say))
+
+
+async def _answered(client: ControlClient, step: str, say: Say) -> None:
+    """Have one step done, and say what it waits for; raises K3sagentdError."""
+    asked = asyncio.create_task(client.leave(step))
+    told = None
+    while not (await asyncio.wait({asked}, timeout=LOOK_S))[0]:
+        with contextlib.suppress(K3sagentdError):
+            now = (await client.status())["status"]["node"]["leaving"]
+            if now and now != told:
+                say(f"waits for {now}")
+                told = now
+    asked.result()

@@ -66,9 +66,13 @@ def test_five_machines_become_one_cluster_and_others_come_later(lab: Bench) -> N
     stranger.start(name)
     lab.until(lambda v: v[name]["node"]["phase"] == "discovering")
     lab.run("start", init)
-    views = lab.until(lambda v: v[init]["node"]["phase"] == "ready")
+    views = lab.until(
+        lambda v: (
+            v[init]["node"]["phase"] == "ready"
+            and all(x["site"]["seen"] == 6 for n, x in v.items() if n != name)
+        )
+    )
     assert views[name]["site"]["seen"] == 1
-    assert all(v["site"]["seen"] == 6 for n, v in views.items() if n != name)
     assert members(lab, init)["header"]["cluster_id"] == lists[0]["header"]["cluster_id"]
 
 
@@ -114,10 +118,15 @@ def test_the_init_node_never_comes_back_in_time(lab: Bench) -> None:
 def test_a_majority_elects_and_a_minority_waits(lab: Bench) -> None:
     cut = "node1,node2 / node3,node4,node5"
     lab.run("up", "--nodes", "5", *FAST, "--partition", cut)
-    views = lab.until(lambda v: all(v[n]["site"]["phase"] == "sealed" for n in ("node3", "node4")))
+    waits = "2 of 5 machines here, 3 must agree"
+    views = lab.until(
+        lambda v: (
+            all(v[n]["site"]["phase"] == "sealed" for n in ("node3", "node4"))
+            and all(v[n]["node"]["waiting_for"] == waits for n in ("node1", "node2"))
+        )
+    )
     for name in ("node1", "node2"):
         assert views[name]["site"]["phase"] == "discovering"
-        assert views[name]["node"]["waiting_for"] == "2 of 5 machines here, 3 must agree"
         assert not (site.load().machine(name) / "var/lib/rancher/k3s").exists()
     lab.run("heal")
     agreed(lab.until(lambda v: len(v) == 5 and complete(v), 150))

@@ -45,8 +45,13 @@ def test_it_lives_beside_avahi(lab: Bench, tmp_path: Path) -> None:
         time.sleep(1)
         for name in ("node1", "node2"):
             lab.run("start", name)
-        views = lab.until(lambda v: len(v) == 3 and nominated(v))
-        assert all(view["site"]["seen"] == 3 for view in views.values())
+        lab.until(
+            lambda v: (
+                len(v) == 3
+                and nominated(v)
+                and all(view["site"]["seen"] == 3 for view in v.values())
+            )
+        )
         assert avahi.poll() is None, avahi.stderr.read() if avahi.stderr else ""
     finally:
         avahi.terminate()

@@ -129,6 +129,7 @@ FAULTS = (
             "return Durable(node=node, muted=reason), False",
             "return Durable(node=node), False",
         ),
+        seed=59,
     ),
     _plant(
         "a muted node votes",
@@ -172,6 +173,7 @@ FAULTS = (
             "\n    if acceptor.promised is not None and ballot < acceptor.promised:",
             f'accepting."""\n    {NEVER}',
         ),
+        seed=33,
     ),
     _plant(
         "promises below its promise",
@@ -187,11 +189,13 @@ FAULTS = (
         "does not tell what it accepted",
         500,
         (f"{CORE}.election:answer_prepare", "accepted=acceptor.accepted)", "accepted=None)"),
+        seed=84,
     ),
     _plant(
         "votes on an entry that is not open",
         500,
         (f"{CORE}.election:_refusal", "if message.decree > len(node.log):", NEVER),
+        seed=334,
     ),
     _plant(
         "keeps the votes of the last entry for the next",
@@ -211,6 +215,7 @@ FAULTS = (
             "    return disagreement(node) or behind(node) or crowd(node)",
             "    return behind(node) or crowd(node)",
         ),
+        seed=94,
     ),
     _plant(
         "honours a new nodes after a vote",
@@ -221,6 +226,7 @@ FAULTS = (
             "return self.site.nodes",
         ),
         focus=(Fault.RECONFIGURED,),
+        seed=43,
     ),
     _plant(
         "votes for a new cluster though it has one",
@@ -250,11 +256,13 @@ FAULTS = (
             "bound = paxos.constrained(proposal.promises.values())",
             "bound = None",
         ),
+        seed=84,
     ),
     _plant(
         "takes the accepted value of the lowest ballot",
         3000,
         (f"{CORE}.paxos:constrained", "return max(", "return min("),
+        seed=386,
     ),
     _plant(
         "uses a ballot again after a restart",
@@ -264,6 +272,7 @@ FAULTS = (
             "highest = max(node.highest_round, promised.round if promised else 0)",
             "highest = node.highest_round",
         ),
+        seed=51,
     ),
     _plant(
         "counts a vote twice from one node",
@@ -273,6 +282,7 @@ FAULTS = (
             "accepted=proposal.accepted | {sender}",
             'accepted=proposal.accepted | {f"{sender} {len(proposal.accepted)}"}',
         ),
+        seed=75,
     ),
     # --- the lifecycle
     _plant(

@@ -143,7 +143,7 @@ def status(*others: dict, servers: int = 3, roster: list[str] | None = None) -> 
         json.dumps(
             {
                 "site": site,
-                "node": {"id": ME, "name": "n1", "address": NEW},
+                "node": {"id": ME, "name": "n1", "address": NEW, "leaving": None},
                 "nodes": [own, *others],
             }
         )
@@ -159,6 +159,7 @@ class Daemon:
         self.rereads = 0
         self.errors: dict[str, str] = {}
         self.asked: list[tuple[str, bool]] = []
+        self.answers_after_s = 0.0
 
     async def status(self, after: int, wait_s: float) -> dict:
         return {"rev": 1, "status": self.view}
@@ -175,6 +176,7 @@ class Daemon:
 
     async def leave(self, step: str) -> str | None:
         self.asked.append((step, (self._server.paths.root / "active").exists()))
+        await asyncio.sleep(self.answers_after_s)
         return self.errors.get(step)
 
     def __enter__(self) -> "Daemon":

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from k3sagentd import keys
-from k3sagentd.core import drive, machine, registration, status
+from k3sagentd.core import drive, machine, registration, status, view
 from k3sagentd.core.events import Tick
 from k3sagentd.core.hello import live_servers, name_answer, own_hello
 from k3sagentd.core.k3s import (
@@ -74,7 +74,7 @@ def test_the_fixed_addresses_go_first_and_the_servers_stay_as_fallback() -> None
     assert found is not None
     assert found.servers[:2] == fixed
     assert set(found.servers[2:]) == {"https://10.0.0.2:6443", "https://10.0.0.9:6443"}
-    assert status.as_json(me, 0.0)["site"]["registration"] == [
+    assert view.as_json(me, 0.0)["site"]["registration"] == [
         *fixed, "https://10.0.0.2:6443", "https://10.0.0.9:6443"
     ]  # fmt: skip
 

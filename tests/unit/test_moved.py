@@ -8,7 +8,7 @@ import ifaddr
 import pytest
 
 from k3sagentd.config import load_config
-from k3sagentd.core import machine, standing, status
+from k3sagentd.core import machine, standing, status, view
 from k3sagentd.core.events import AddressChanged, FactsRead, HelloReceived, K3sProbed, PeerLost
 from k3sagentd.core.hello import own_hello
 from k3sagentd.core.k3s import Datastore, Facts, K3sState
@@ -89,7 +89,7 @@ def test_others_have_it_in_their_status() -> None:
     here, _ = machine.step(here, HelloReceived(now_s=1.0, hello=own_hello(there)))
 
     def row(now_s: float) -> dict:
-        rows = status.as_json(here, now_s)["nodes"]
+        rows = view.as_json(here, now_s)["nodes"]
         return next(each for each in rows if each["id"] == B)
 
     assert (row(1.0)["moved"], row(1.0)["member"], row(1.0)["age_s"]) == (True, True, 0)

@@ -257,6 +257,20 @@ def test_leave_drains_stops_and_removes_in_this_order(server: Server, daemon: Da
     assert daemon.asked == [("drain", True), ("stop", True), ("remove", False)]
 
 
+def test_leave_says_what_it_waits_for_and_once(
+    server: Server,
+    daemon: Daemon,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(leave, "LOOK_S", 0.01)
+    daemon.view["node"]["leaving"] = "n2: pods to be evicted: web-1"
+    daemon.answers_after_s = 0.5
+    assert operate.leave(server.paths, yes=True) == 0
+    said = capsys.readouterr().out
+    assert said.count("- waits for n2: pods to be evicted: web-1\n") == 3, "once for each step"
+
+
 def test_leave_stops_k3s_by_whatever_name(server: Server, daemon: Daemon) -> None:
     (server.paths.root / "etc/systemd/system/k3s.service").unlink()
     named(server, "k3s-shop", "/usr/local/bin/k3s server")
