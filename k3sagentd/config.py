@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from ipaddress import IPv4Interface
 from pathlib import Path
@@ -104,59 +104,68 @@ class Setting:
 
 
 def load_config(paths: Paths) -> Config:
-    """Read, merge and check the configuration; raises ConfigError."""
+    """Read, merge and check the configuration; raises ConfigError with every mistake."""
     merged = merge(paths.config)
     if not merged.files:
         raise ConfigError(
             f"{paths.config}: no such file; allowed: a YAML file with at least nodes: N"
         )
-    values = _read(merged, SETTINGS, "")
-    install = _read(merged.inner("install"), INSTALL_SETTINGS, "install.")
-    if "nodes" not in values:
-        raise ConfigError(
-            f"{merged.files[0]}: nodes is missing; allowed: the number of machines that this "
-            f"site starts with, 1 to {NODES_LIMIT}"
-        )
-    nodes = values["nodes"]
-    values.setdefault("servers", 1 if nodes < 3 else 3)
-    if values["servers"] > nodes:
-        raise ConfigError(
-            f"{merged.file_of('servers')}: servers is {values['servers']}; allowed: at most nodes, "
-            f"which is {nodes}"
-        )
+    values, mistakes = _read(merged, SETTINGS, "")
+    install, more = _read(merged.inner("install"), INSTALL_SETTINGS, "install.")
+    mistakes += [*more, *_wrong_numbers(merged, values), *_wrong_options(merged, values)]
+    if mistakes:
+        raise ConfigError(*mistakes)
+    values.setdefault("servers", 1 if values["nodes"] < 3 else 3)
     values.setdefault("token_file", paths.token)
     values.pop("install", None)
-    _check_options(merged)
     return Config(**values, install=Install(**install))
 
 
-def _check_options(merged: Merged) -> None:
-    for key, value in merged.inner("k3s").values.items():
-        file, plain = merged.file_of("k3s"), str(key).rstrip("+")
+def _wrong_numbers(merged: Merged, values: Mapping[str, Any]) -> Iterator[str]:
+    nodes, servers = values.get("nodes"), values.get("servers")
+    if merged.values.get("nodes") is None:
+        yield (
+            f"{merged.files[0]}: nodes is missing; allowed: the number of machines that this "
+            f"site starts with, 1 to {NODES_LIMIT}"
+        )
+    if nodes is not None and servers is not None and servers > nodes:
+        yield (
+            f"{merged.file_of('servers')}: servers is {servers}; allowed: at most nodes, "
+            f"which is {nodes}"
+        )
+
+
+def _wrong_options(merged: Merged, values: Mapping[str, Any]) -> Iterator[str]:
+    for key, value in values.get("k3s", {}).items():
+        file, plain = merged.file_of("k3s"), key.rstrip("+")
         if plain in OURS:
             allowed = f"any K3s option but {plain} ({OURS[plain]})"
-            raise ConfigError(f"{file}: k3s.{key} is set; allowed: {allowed}")
-        if not is_option(value):
-            raise ConfigError(f"{file}: k3s.{key} is {_kind(value)}; allowed: {OPTION}")
+            yield f"{file}: k3s.{key} is set; allowed: {allowed}"
+        elif not is_option(value):
+            yield f"{file}: k3s.{key} is {_kind(value)}; allowed: {OPTION}"
 
 
-def _read(merged: Merged, settings: tuple[Setting, ...], prefix: str) -> dict[str, Any]:
+def _read(
+    merged: Merged, settings: tuple[Setting, ...], prefix: str
+) -> tuple[dict[str, Any], list[str]]:
+    """The values that are fine, and what is wrong with the others."""
     known = {setting.key: setting for setting in settings}
-    values = {}
+    values, mistakes = {}, []
     for key, value in merged.values.items():
         file = merged.file_of(key)
         setting = known.get(key)
         if setting is None:
             allowed = ", ".join(sorted(known))
-            raise ConfigError(f"{file}: {prefix}{key} is not a setting; allowed: {allowed}")
+            mistakes.append(f"{file}: {prefix}{key} is not a setting; allowed: {allowed}")
+            continue
         if value is None:
             continue
         try:
             values[setting.field] = setting.parse(value)
         except ValueError as error:
             found = _shown(value) if setting.quoted else _kind(value)
-            raise ConfigError(f"{file}: {prefix}{key} is {found}; allowed: {error}") from None
-    return values
+            mistakes.append(f"{file}: {prefix}{key} is {found}; allowed: {error}")
+    return values, mistakes
 
 
 def _shown(value: Any) -> str:

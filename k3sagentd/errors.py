@@ -27,9 +27,16 @@ class UsageError(K3sagentdError):
 
 
 class ConfigError(K3sagentdError):
-    """The configuration is wrong: file, key, found, allowed (EX_CONFIG)."""
+    """The configuration is wrong: file, key, found, allowed (EX_CONFIG).
+
+    It may have several mistakes, which are ``args``; as a text it is the first, and how many more.
+    """
 
     exit_code = os.EX_CONFIG
+
+    def __str__(self) -> str:
+        first, *more = self.args
+        return f"{first} (and {len(more)} more: k3sagentd config check)" if more else str(first)
 
 
 class MachineError(K3sagentdError):

@@ -10,9 +10,11 @@ import sys
 import time
 from typing import Any
 
+from k3sagentd import site_token
+from k3sagentd.config import load_config
 from k3sagentd.control import ControlClient
 from k3sagentd.core.status import duration
-from k3sagentd.errors import TimedOutError, UnavailableError
+from k3sagentd.errors import ConfigError, TimedOutError, UnavailableError
 from k3sagentd.paths import Paths
 from k3sagentd.yaml_files import files_of
 
@@ -45,7 +47,7 @@ async def status(paths: Paths, *, as_json: bool, watch: bool) -> int:
         try:
             answer = await client.status(after, WATCH_S if watch and after >= 0 else 0.0)
         except UnavailableError as error:
-            raise UnavailableError(_unconfigured(paths) or str(error)) from error
+            raise UnavailableError(why_silent(paths) or str(error)) from error
         if answer["rev"] != after:
             after = answer["rev"]
             found = answer["status"]
@@ -55,8 +57,8 @@ async def status(paths: Paths, *, as_json: bool, watch: bool) -> int:
             return 0
 
 
-def _unconfigured(paths: Paths) -> str | None:
-    """Why the daemon was not even started; None where it has what it needs."""
+def why_silent(paths: Paths) -> str | None:
+    """Why the daemon was not even started, or ended at once; None where it has what it needs."""
     if paths.left.exists():
         return f"the daemon does not run: {paths.left.read_text().strip()}"
     missing = []
@@ -64,9 +66,16 @@ def _unconfigured(paths: Paths) -> str | None:
         missing.append(f"{paths.config} (with at least nodes: N)")
     if not paths.token.exists() and not paths.token_forgotten.exists():
         missing.append(f"{paths.token} (k3sagentd token create, once; then copy it)")
-    if not missing:
-        return None
-    return f"unconfigured: the daemon waits for {' and '.join(missing)}; it starts by itself then"
+    if missing:
+        waits = " and ".join(missing)
+        return f"unconfigured: the daemon waits for {waits}; it starts by itself then"
+    try:
+        token = load_config(paths).token_file
+        if os.access(token, os.R_OK):
+            site_token.load_all(token)
+    except ConfigError as error:
+        return f"the daemon does not run: {error}"
+    return None
 
 
 async def wait(paths: Paths, goal: str, timeout_s: float) -> int:
@@ -80,7 +89,7 @@ async def wait(paths: Paths, goal: str, timeout_s: float) -> int:
             answer = await client.status(after, min(WATCH_S, left_s) if after >= 0 else 0.0)
         except UnavailableError as error:
             if left_s == 0:
-                reason = _unconfigured(paths) or str(error)
+                reason = why_silent(paths) or str(error)
                 raise TimedOutError(f"not {goal} after {timeout_s:.0f} s; {reason}") from error
             await asyncio.sleep(min(RETRY_S, left_s))
             continue

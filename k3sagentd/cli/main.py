@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from k3sagentd.errors import (
+    ConfigError,
     K3sagentdError,
     PermissionDeniedError,
     UnavailableError,
@@ -286,7 +287,12 @@ def _config_check(arguments: argparse.Namespace) -> int:
     from k3sagentd.config import load_config
 
     paths = Paths()
-    config = load_config(paths)
+    try:
+        config = load_config(paths)
+    except ConfigError as error:
+        for mistake in error.args:
+            print(mistake, file=sys.stderr)
+        return error.exit_code
     site_token.load_unless_forgotten(config.token_file, paths.token_forgotten)
     print(
         f"{paths.config}: fine: {config.nodes} machines, {config.servers} servers, "

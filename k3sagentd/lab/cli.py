@@ -14,12 +14,13 @@ from typing import Any
 
 import yaml
 
-from k3sagentd.cli.ask import rows, table
+from k3sagentd.cli.ask import rows, table, why_silent
 from k3sagentd.control import ControlClient
 from k3sagentd.errors import K3sagentdError, TimedOutError, UsageError
 from k3sagentd.lab import network, site
 from k3sagentd.lab.progress import STAGES, Progress
 from k3sagentd.lab.site import Lab
+from k3sagentd.paths import Paths
 
 TIMEOUT_S = 600.0
 LOOK_AROUND = """\
@@ -252,7 +253,7 @@ async def views(lab: Lab) -> dict[str, dict[str, Any]]:
         try:
             found[name] = (await ControlClient(lab.control(name)).status())["status"]
         except K3sagentdError as error:
-            found[name] = {"error": str(error)}
+            found[name] = {"error": why_silent(Paths(lab.machine(name))) or str(error)}
     return found
 
 

@@ -8,8 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from k3sagentd.cli.ask import reached, table
+from k3sagentd.cli import main as cli
+from k3sagentd.cli.ask import reached, table, why_silent
 from k3sagentd.cli.main import main
+from k3sagentd.paths import Paths
+from k3sagentd.site_token import create
+from k3sagentd.upkeep import service
 
 ROOT = Path(__file__).resolve().parents[2]
 VIEW = {
@@ -83,6 +87,33 @@ def test_root_is_asked_for_in_one_line(arguments: list[str], monkeypatch, capsys
     assert said.startswith("k3sagentd: ")
     assert "root" in said
     assert said.count("\n") == 1
+
+
+def test_why_no_daemon_answers(tmp_path: Path) -> None:
+    paths = Paths(tmp_path)
+    paths.config.parent.mkdir(parents=True)
+    paths.config.write_text("nodes: 0\n")
+    assert str(why_silent(paths)).startswith("unconfigured: the daemon waits for ")
+    create(paths.token)
+    assert str(why_silent(paths)).startswith(
+        f"the daemon does not run: {paths.config}: nodes is 0; allowed: "
+    )
+    paths.config.write_text("nodes: 3\n")
+    assert why_silent(paths) is None
+    paths.token.chmod(0o644)
+    assert f"{paths.token}: token-file: mode is 0644" in str(why_silent(paths))
+    service.mark(paths, "this machine has left its site")
+    assert why_silent(paths) == "the daemon does not run: this machine has left its site"
+
+
+def test_config_check_says_all_that_is_wrong(tmp_path: Path, monkeypatch, capsys) -> None:
+    paths = Paths(tmp_path)
+    monkeypatch.setattr(cli, "Paths", lambda: paths)
+    paths.config.parent.mkdir(parents=True)
+    paths.config.write_text("nodes: 0\nservers: 2\n")
+    assert main(["config", "check"]) == 78
+    said = capsys.readouterr().err.splitlines()
+    assert [each.split(": ")[1][:10] for each in said] == ["nodes is 0", "servers is"]
 
 
 def test_the_table_is_aligned_and_plain() -> None:

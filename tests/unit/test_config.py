@@ -93,6 +93,7 @@ def test_no_message_has_a_secret(tmp_path: Path, text: str) -> None:
         load_config(Paths(tmp_path))
     assert str(caught.value).startswith(f"{path}: ")
     assert SECRET not in "".join(traceback.format_exception_only(caught.value))
+    assert SECRET not in " ".join(caught.value.args)
 
 
 def write(tmp_path: Path, text: str, name: str = "config.yaml") -> Path:
@@ -110,6 +111,16 @@ def test_bad_input_is_named(tmp_path: Path, text: str) -> None:
     assert str(caught.value).startswith(f"{path}: ")
     assert BAD[text] in str(caught.value)
     assert caught.value.exit_code == 78
+
+
+def test_all_mistakes_are_found_and_the_first_is_one_line(tmp_path: Path) -> None:
+    path = write(tmp_path, "node: 5\nservers: 2\ninstall: {chanel: x}\nk3s: {token: x}\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(Paths(tmp_path))
+    keys = [each.removeprefix(f"{path}: ").partition(" is ")[0] for each in caught.value.args]
+    assert keys == ["node", "servers", "install.chanel", "nodes", "k3s.token"]
+    assert str(caught.value).startswith(f"{path}: node is not a setting")
+    assert str(caught.value).endswith(" (and 4 more: k3sagentd config check)")
 
 
 def test_no_file_at_all(tmp_path: Path) -> None:

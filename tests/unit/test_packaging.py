@@ -15,11 +15,12 @@ import pytest
 import yaml
 
 from k3sagentd import site_token
-from k3sagentd.cli.ask import _unconfigured
+from k3sagentd.cli.ask import why_silent
 from k3sagentd.cli.main import parser
 from k3sagentd.config import INSTALL_SETTINGS, PREFLIGHT, SETTINGS, load_config
 from k3sagentd.errors import ConfigError
 from k3sagentd.paths import Paths
+from k3sagentd.site_token import create
 from k3sagentd.version import version
 from k3sagentd.yaml_files import SUFFIXES
 
@@ -156,10 +157,10 @@ def test_unit_and_commands_know_a_configuration_as_the_loader_does(tmp_path: Pat
         dropin = paths.config.with_name("config.yaml.d") / f"10-site{suffix}"
         dropin.parent.mkdir(parents=True)
         dropin.with_suffix(".txt").write_text("nodes: 7\n")
-        paths.token.touch()
-        assert "nodes: N" in str(_unconfigured(paths))
+        create(paths.token)
+        assert "nodes: N" in str(why_silent(paths))
         dropin.write_text("nodes: 3\n")
-        assert _unconfigured(paths) is None
+        assert why_silent(paths) is None
         assert load_config(paths).nodes == 3
 
 
