@@ -12,6 +12,10 @@ from k3sagentd.core.messages import Hello, Intent
 from k3sagentd.core.state import Node
 from k3sagentd.core.words import NodeId, NodePhase, Role, short
 
+CLONED = (
+    "another live machine has this node's identity ({address}); run k3sagentd reset on one of them"
+)
+
 
 def existing_cluster(node: Node) -> str | None:
     """The cluster this machine's K3s data belongs to, unless we started it ourselves.
@@ -104,11 +108,19 @@ def why_not_force(node: Node) -> str | None:
         names = ", ".join(node.name_of(hello.node) for hello in holders)
         return f"{names} has a cluster's data; bring it up there, or k3sagentd reset it first"
     store = node.facts.datastore
+    if _is_cloned(node) and store is Datastore.NONE:
+        # Its twin would be the same init node.
+        return f"{node.durable.muted}; on this one before its start is forced"
     if node.seal is not None and store is Datastore.ETCD:
         return "this machine has the data of the site's cluster, and must not found another"
     if store is Datastore.AGENT or (node.seal is not None and _has_data(node)):
         return "this machine's K3s has data of the old cluster; k3sagentd reset first"
     return None
+
+
+def _is_cloned(node: Node) -> bool:
+    muted = node.durable.muted
+    return muted is not None and muted.startswith(CLONED.partition("{")[0])
 
 
 def quorum_missing(node: Node) -> str | None:

@@ -160,7 +160,7 @@ def _on_message(turn: Turn, sender: NodeId, message: Message) -> None:
             if first < len(node.log):
                 turn.send(sender, election.chosen_from(node, first))
         case Cloned(address=address):
-            peers.mute(turn, peers.CLONED.format(address=address or "address unknown"))
+            peers.mute(turn, guards.CLONED.format(address=address or "address unknown"))
         case RegistrationRequest():
             answer = steward.answer_joiner(turn, sender, message)
             if answer is not None:

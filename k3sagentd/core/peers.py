@@ -18,9 +18,6 @@ FLIPS_OF_CLONES = 2
 AFTER_THE_SEAL = (NodePhase.JOINING, NodePhase.READY, NodePhase.FAILED)
 FETCH_S = 2.0
 """Before a peer that knows more is asked again."""
-CLONED = (
-    "another live machine has this node's identity ({address}); run k3sagentd reset on one of them"
-)
 
 
 def on_hello(turn: Turn, hello: Hello) -> None:
@@ -28,7 +25,7 @@ def on_hello(turn: Turn, hello: Hello) -> None:
     node = turn.node
     if hello.node == node.id:
         if hello.instance != node.site.instance:
-            mute(turn, CLONED.format(address=hello.address or "address unknown"))
+            mute(turn, guards.CLONED.format(address=hello.address or "address unknown"))
         return
     before = node.peers.get(hello.node)
     if before is None:

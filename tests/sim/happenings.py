@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from tests.sim.world import World
 
 
+BROUGHT_S = 3.0
+"""From the power-on of a machine that was brought to the operator's word at it."""
+
+
 def schedule(world: World) -> None:
     """Put all that a plan says into the world's queue."""
     for number, happening in enumerate(world.plan.happenings, 1):
@@ -55,7 +59,7 @@ def _strike(world: World, m: Computer, what: Happening, number: int) -> bool:
         case Fault.LATE:
             return _late(world, what)
         case Fault.FORCED:
-            return _forced(world)
+            return _forced(world, what, number)
         case Fault.CLONE:
             clone = world.copy(m)
             world.power_on(clone)
@@ -152,13 +156,19 @@ def _role(world: World, m: Computer, what: Happening) -> bool:
     return True
 
 
-def _forced(world: World) -> bool:
-    """Every machine with a server's data is gone, and one with none is made to start anew."""
+def _forced(world: World, what: Happening, number: int) -> bool:
+    """Every machine with a server's data is gone, and one with none is made to start anew.
+
+    Where all have data of the cluster, a new machine is brought for it.
+    """
     if not _is_sealed(world) or any(m.node and m.node.generation.number for m in world.computers):
         return False
     holders = [m for m in world.computers if m.k3s.store in (Datastore.ETCD, Datastore.SQLITE)]
     free = [m for m in world.computers if m.on and m.k3s.store is Datastore.NONE and m.node]
     able = [m for m in free if m.plan.role is not Role.AGENT and not m.plan.install_fails_for_good]
+    if holders and not able and not what.amount:
+        _late(world, replace(what, amount=1))
+        world.at(BROUGHT_S, strike, world, replace(what, amount=1), number)
     if not holders or not able:
         return False
     for m in holders:

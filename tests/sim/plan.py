@@ -137,6 +137,7 @@ USUAL = (
 """Happenings of which a storm may have any number."""
 LATER = (Fault.SERVER_GONE, Fault.LATE, Fault.ROLE)
 """Happenings of the years after the seal."""
+AFTER_THE_SEAL = (*LATER, Fault.FORCED)
 RARE = (
     Fault.DAMAGE,
     Fault.GONE,
@@ -223,7 +224,9 @@ def focused(seed: int, focus: tuple[Fault, ...]) -> Plan:
             rates[fault] = WEATHER[fault] * chance.random()
             continue
         several = [_happening(fault, plan, chance) for _ in range(chance.randint(1, 3))]
-        happenings += [replace(each, at_s=chance.uniform(0, 8)) for each in several]
+        if fault not in AFTER_THE_SEAL:
+            several = [replace(each, at_s=chance.uniform(0, 8)) for each in several]
+        happenings += several
     happenings.sort(key=lambda h: h.at_s)
     return replace(plan, rates=rates, happenings=tuple(happenings))
 
@@ -245,7 +248,7 @@ def _happening(fault: Fault, plan: Plan, chance: random.Random) -> Happening:
         amount = chance.randint(0, 2)
     if fault is Fault.LATE:
         amount = chance.choice((1, 1, 3, 10))
-    if fault in (*LATER, Fault.FORCED):
+    if fault in AFTER_THE_SEAL:
         at_s = chance.uniform(5, plan.storm_s)
     if fault is Fault.RECONFIGURED:
         amount = plan.machines[0].nodes + chance.choice((-2, -1, 1, 2))

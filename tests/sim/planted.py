@@ -314,21 +314,6 @@ FAULTS = (
         ),
     ),
     _plant(
-        "initialises in the epoch of another (found)",
-        4000,
-        (
-            f"{CORE}.drive:may_initialise",
-            "if not node.is_init or guards.cluster_elsewhere(node) is not None:",
-            NEVER,
-        ),
-        (
-            f"{CORE}.lifecycle:is_nominated_elsewhere",
-            "return turn.node.nomination is not None and not turn.node.is_init",
-            "return turn.node.nomination is not None and not (\n"
-            "        turn.node.is_init or turn.node.phase is P.INITIALISING\n    )",
-        ),
-    ),
-    _plant(
         "a cluster that was there loses its claim once started (found)",
         3000,
         (
@@ -337,6 +322,7 @@ FAULTS = (
             "    if node.durable.started_epoch is not None:\n        return None\n"
             "    if facts is None or facts.datastore",
         ),
+        seed=603,
     ),
     _plant(
         "does not notice its clone",
@@ -353,13 +339,14 @@ FAULTS = (
     ),
     _plant(
         "follows a forced start with data of the old cluster",
-        500,
+        1000,
         (
             f"{CORE}.guards:holds_data",
             "    order, outcome = node.drive.order",
             "    return False\n    order, outcome = node.drive.order",
         ),
         focus=(Fault.FORCED,),
+        seed=35,
     ),
     # --- that it finishes, and says what it waits for
     _plant(
@@ -370,6 +357,7 @@ FAULTS = (
             "older = hello.instance == before.hello.instance and",
             "older = False and",
         ),
+        seed=383,
     ),
     _plant(
         "does not freeze nodes with what it learns (found)",
@@ -380,6 +368,7 @@ FAULTS = (
             "nodes = node.durable.nodes",
         ),
         focus=(Fault.RECONFIGURED,),
+        seed=613,
     ),
     _plant(
         "is due by one sum and not by the other (found)",
@@ -387,8 +376,9 @@ FAULTS = (
         (
             f"{CORE}.registration:ask",
             "if turn.now_s < due_s(node):",
-            "if turn.now_s - node.drive.asked_s < due_s(node) - node.drive.asked_s:",
+            "if turn.now_s - node.drive.asked_s < ASK_S * 2.0 ** min(node.drive.asks // 5, 6):",
         ),
+        seed=659,
     ),
     _plant(
         "an order that was lost is not given again",
@@ -398,25 +388,29 @@ FAULTS = (
             "        return drive.ordered_s + ORDER_TIMEOUT_S",
             "        return None",
         ),
+        seed=75,
     ),
     _plant(
         "an init node that cannot vote keeps its epoch (found)",
         1000,
         (f"{CORE}.state:Peer.able", "return self.up and self.hello.may_vote", "return self.up"),
+        seed=158,
     ),
     _plant(
         "nominates the one that failed again and again (found)",
         1000,
         (f"{CORE}.ranking:ranked", "failed[hello.node],", "failed[hello.node] > 0,"),
+        seed=433,
     ),
     _plant(
         "says a number that is not true",
-        200,
+        1000,
         (
             f"{CORE}.guards:quorum_missing",
             'return f"{node.seen} of {node.nodes} machines here, {node.quorum} must agree"',
             'return f"{node.seen + 1} of {node.nodes} machines here, {node.quorum} must agree"',
         ),
+        seed=200,
     ),
 )
 

@@ -229,6 +229,17 @@ def test_a_forced_start_that_fails_waits_for_no_votes() -> None:
     assert said(wire, "a").startswith("init failed at ")
 
 
+def test_no_start_is_forced_on_a_clone() -> None:
+    """Its twin would take that start for its own, and lead as well."""
+    wire = play("site a b c nodes=3\non a\nclone a")
+    refused = str(guards.why_not_force(node_of(wire, "a")))
+    assert refused.endswith(
+        "k3sagentd reset on one of them; on this one before its start is forced"
+    )
+    wire = play(f"site a b c nodes=3\ndisk a sqlite {CA}\non a\nclone a")
+    assert guards.why_not_force(node_of(wire, "a")) is None, "a reset would cost its data"
+
+
 def test_who_was_not_heard_for_longest_makes_room() -> None:
     wire = play(THREE_SERVERS)
     a = wire.machines["a"]
