@@ -218,16 +218,27 @@ def _next(
         # From one server to another there is no safe way: of two, neither may stop.
         alone = len(kept) + len(added) == 2
         return (*kept, *added) if (dead or healthy) and not alone else None
-    if dead or len(kept) < len(here):
-        fewer = kept if is_overdue(node, now_s) else current
-        return fewer if fewer != current and len(fewer) % 2 else None
-    others = (h for h in here if h.node not in best and not h.adopted)
+    others = (h for h in here if h.node in kept and h.node not in best and not h.adopted)
     surplus = sorted(others, key=lambda h: h.role is Role.AGENT)
+    if dead or len(kept) < len(here):
+        fewer = kept if _may_shrink(node, len(kept), now_s) else current
+        if surplus and not waits and len(fewer) % 2 == 0 and len(fewer) > node.site.servers:
+            fewer = tuple(each for each in fewer if each != surplus[-1].node)
+        return fewer if fewer != current and len(fewer) % 2 else None
     taken_over = node.roster.revision > 0 and len(current) % 2 == 0
     if surplus and taken_over:
         left = tuple(each for each in current if each != surplus[-1].node)
         return None if waits else left
     return current if len(current) % 2 else None
+
+
+def _may_shrink(node: Node, left: int, now_s: float) -> bool:
+    """Whether somebody may be struck out for whom nobody steps in.
+
+    Where enough servers are left, that is who was to take over from another of them, and cannot.
+    """
+    settled = now_s >= node.rostered_s + node.site.replace_after_s
+    return is_overdue(node, now_s) or (settled and left >= node.site.servers)
 
 
 def _best(node: Node, here: list[Hello], others: list[Hello], now_s: float) -> tuple[NodeId, ...]:

@@ -228,12 +228,13 @@ def deadlines(node: Node) -> Iterator[float]:
     if steward.wishes:
         yield steward.viewed_s + VIEW_S
         yield steward.viewed_s + BUSY_S
+    yield node.rostered_s + replace_after_s
     if node.short_since_s is not None:
-        yield max(node.short_since_s, node.rostered_s) + replace_after_s
-        for machine in roster.members(node):
-            if (since_s := roster.absent_since_s(node, machine)) is not None:
-                yield since_s + replace_after_s
-                yield roster.look_again_s(node)
+        yield node.short_since_s + replace_after_s
+    for machine in roster.members(node):
+        if (since_s := roster.absent_since_s(node, machine)) is not None:
+            yield since_s + replace_after_s
+            yield roster.look_again_s(node)
 
 
 # --- who wants something of us --------------------------------------------------------------

@@ -229,6 +229,38 @@ def test_a_forced_start_that_fails_waits_for_no_votes() -> None:
     assert said(wire, "a").startswith("init failed at ")
 
 
+ENTERING = f"""\
+{THREE_SERVERS}
+role d server
+off d
+on d
+meet a b c d
+ready d
+deliver
+go 4s"""
+"""d was asked to be a server; root has not prepared it yet."""
+
+
+def test_a_server_that_dies_while_it_takes_over_is_struck_out() -> None:
+    """Else etcd has four members for good, of which one is dead."""
+    wire = play(f"{ENTERING}\napply d done\ndeliver\ngo 4s\napply d done\ngo 4s")
+    assert node_of(wire, "a").roster.servers == ("a", "b", "c", "d")
+    order = wire.machines["d"].order
+    assert order is not None
+    assert (order.action, order.role) == (Action.JOIN, ServerOrAgent.SERVER)
+    play("off d\ngo 290s", wire)
+    assert node_of(wire, "a").roster.servers == ("a", "b", "c", "d")
+    play("go 400s", wire)
+    assert node_of(wire, "a").roster.servers == ("a", "b", "c")
+
+
+def test_who_is_not_to_take_over_any_more_is_struck_out() -> None:
+    wire = play(ENTERING)
+    assert node_of(wire, "a").roster.servers == ("a", "b", "c", "d")
+    play("role d agent\noff d\non d\nmeet a b c d\ndeliver\ngo 2100s", wire)
+    assert node_of(wire, "a").roster.servers == ("a", "b", "c")
+
+
 def test_no_start_is_forced_on_a_clone() -> None:
     """Its twin would take that start for its own, and lead as well."""
     wire = play("site a b c nodes=3\non a\nclone a")
