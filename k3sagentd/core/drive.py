@@ -70,9 +70,10 @@ def run(turn: Turn) -> None:
 def may_initialise(node: Node) -> bool:
     """Whether the init node may (again) be started: with a quorum that knows nothing newer.
 
-    To seal it needs the quorum anyway; and whoever was away may have been abandoned meanwhile.
+    To seal it needs the quorum anyway; and whoever was away may have been abandoned meanwhile. Of
+    clones, which both read their name there, neither may: one may have begun.
     """
-    if not node.is_init or guards.cluster_elsewhere(node) is not None:
+    if not node.is_init or guards.is_cloned(node) or guards.cluster_elsewhere(node) is not None:
         return False
     if node.is_forced:
         return True

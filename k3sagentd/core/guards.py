@@ -108,7 +108,7 @@ def why_not_force(node: Node) -> str | None:
         names = ", ".join(node.name_of(hello.node) for hello in holders)
         return f"{names} has a cluster's data; bring it up there, or k3sagentd reset it first"
     store = node.facts.datastore
-    if _is_cloned(node) and store is Datastore.NONE:
+    if is_cloned(node) and store is Datastore.NONE:
         # Its twin would be the same init node.
         return f"{node.durable.muted}; on this one before its start is forced"
     if node.seal is not None and store is Datastore.ETCD:
@@ -118,7 +118,9 @@ def why_not_force(node: Node) -> str | None:
     return None
 
 
-def _is_cloned(node: Node) -> bool:
+def is_cloned(node: Node) -> bool:
+    """Whether this identity is, or was, that of another live machine as well: what is decided for
+    the one is not decided for the other."""
     muted = node.durable.muted
     return muted is not None and muted.startswith(CLONED.partition("{")[0])
 

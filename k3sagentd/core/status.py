@@ -144,6 +144,8 @@ def _init_node(node: Node, now_s: float) -> str:
 
 def _initialising(node: Node, now_s: float) -> str:
     if node.drive.order is None and not drive.may_initialise(node):
+        if guards.is_cloned(node):
+            return f"a person: {node.durable.muted}"
         return guards.quorum_missing(node) or "the newest entries of the bootstrap log"
     if node.is_forced:
         return _result(node, now_s)  # nobody votes beside it

@@ -8,8 +8,10 @@ import pytest
 
 from k3sagentd.core import guards, status
 from k3sagentd.core.cluster import KubeNode, Roster
-from k3sagentd.core.events import K3sProbed
+from k3sagentd.core.events import K3sProbed, MessageReceived
 from k3sagentd.core.k3s import Action, Datastore, Facts, K3sState, ServerOrAgent
+from k3sagentd.core.log import Nominate
+from k3sagentd.core.messages import Learned
 from k3sagentd.core.state import PEERS_LIMIT, Node, Peer
 from k3sagentd.core.words import NodeId, NodePhase
 from tests.sim.scenario import Wire
@@ -259,6 +261,17 @@ def test_who_is_not_to_take_over_any_more_is_struck_out() -> None:
     assert node_of(wire, "a").roster.servers == ("a", "b", "c", "d")
     play("role d agent\noff d\non d\nmeet a b c d\ndeliver\ngo 2100s", wire)
     assert node_of(wire, "a").roster.servers == ("a", "b", "c")
+
+
+def test_a_clone_starts_nothing_though_its_twin_was_nominated() -> None:
+    wire = play("site a b c nodes=3\non a b c\nmeet a b c\nclone a")
+    nominated = Nominate(init=NodeId("a"), servers=(NodeId("a"),))
+    learned = Learned(first=0, entries=(nominated,), nodes=3)
+    a = wire.machines["a"]
+    wire._feed(a, MessageReceived(now_s=wire.now_s, sender=NodeId("b"), message=learned))
+    assert node_of(wire, "a").phase is NodePhase.INITIALISING
+    assert a.order is None
+    assert said(wire, "a").startswith("a person: another live machine has this node's identity")
 
 
 def test_no_start_is_forced_on_a_clone() -> None:

@@ -37,6 +37,7 @@ FOUND = {
     4811: "the one server too many was one from before, which is not ours to demote",
     4427: "the Node of an adopted server that was gone for good stayed",
     13628: "a server that died while it took over from another stayed a member of etcd",
+    17006: "a clone took the nomination of its twin for its own",
     86273: "a machine with a cluster and a slow disk: others were nominated and gave up, 500 times",
 }
 """What each seed showed; those before them are in ``test_promise``, as the plans they were."""
