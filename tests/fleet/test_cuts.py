@@ -44,9 +44,9 @@ def test_each_in_turn(site: Fleet) -> None:
         assert len({str(view["site"][key]) for view in views.values()}) == 1, key
     servers = [m for m in site.machines if views[m.name]["node"]["role"] == "server"]
     assert len(servers) == 3
+    get = ("k3s", "kubectl", "get", "nodes", "-o", "name")
     for server in servers:
-        nodes = server.run("k3s", "kubectl", "get", "nodes").splitlines()[1:]
-        assert len(nodes) == 5, nodes
+        site.until(lambda _, s=server: len(s.run(*get, check=False).split()) == 5)
     hashes = {
         server.run("sha256sum", "/var/lib/rancher/k3s/server/tls/server-ca.crt").split()[0]
         for server in servers

@@ -91,10 +91,10 @@ def test_a_dead_server_is_replaced_and_comes_back_as_an_agent(site: Fleet) -> No
         site.until(replaced)
     servers = of_role(site, "server")
     (promoted,) = [machine for machine in agents if machine in servers]
+    get = ("k3s", "kubectl", "get", "nodes", "-o", "name")
+    site.until(lambda _: len(promoted.run(*get, check=False).split()) == 4)
     assert members(promoted) == addresses(servers)
     assert_is(promoted, "server")
-    nodes = promoted.run("k3s", "kubectl", "get", "nodes").splitlines()[1:]
-    assert len(nodes) == 4, nodes
 
     dead.on()
     with timed("it comes back, and is an agent"):
@@ -154,8 +154,13 @@ def test_all_five_in_the_dark_and_every_address_is_another(site: Fleet) -> None:
         assert view["node"]["id"] == before[name]["node"]["id"]
     assert of_role(site, "server") == servers
     assert members(servers[0]) == addresses(servers)
-    nodes = servers[1].run("k3s", "kubectl", "get", "nodes").splitlines()[1:]
-    assert [line.split()[1] for line in nodes] == ["Ready"] * 5, nodes
+    get = ("k3s", "kubectl", "get", "nodes")
+    site.until(
+        lambda _: (
+            [line.split()[1] for line in servers[1].run(*get, check=False).splitlines()[1:]]
+            == ["Ready"] * 5
+        )
+    )
     for server in servers:
         (found,) = etcd(server, "kv/range", key=key)["kvs"]
         assert found["value"] == value

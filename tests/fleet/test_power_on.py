@@ -65,8 +65,9 @@ def test_one_cluster_of_five(site: Fleet) -> None:
     for key in ("id", "epoch", "init_node", "ca_hash"):
         assert len({str(view["site"][key]) for view in views.values()}) == 1, key
     server = next(m for m in site.machines if views[m.name]["node"]["role"] == "server")
-    nodes = server.run("k3s", "kubectl", "get", "nodes").splitlines()[1:]
-    assert len(nodes) == 5
+    get = ("k3s", "kubectl", "get", "nodes")
+    site.until(lambda _: len(server.run(*get, check=False).splitlines()[1:]) == 5)
+    nodes = server.run(*get).splitlines()[1:]
     assert len([line for line in nodes if "control-plane" in line]) == 3
 
 

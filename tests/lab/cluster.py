@@ -104,7 +104,7 @@ def restart_daemon(lab: Bench, name: str) -> None:
     Killed: who ends it in order wants it to stay away.
     """
     end(name, *DAEMON, by=signal.SIGKILL)
-    k3sagentd(lab, name, "wait", "--for", "joined", "--timeout", "60s")
+    k3sagentd(lab, name, "wait", "--for", "joined", "--timeout", "120s")
 
 
 # --- etcd -----------------------------------------------------------------------------------

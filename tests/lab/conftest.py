@@ -41,7 +41,7 @@ class Bench:
         return asyncio.run(cli.views(site.load()))
 
     def until(
-        self, what: Callable[[dict[str, dict]], object], timeout_s: float = 90
+        self, what: Callable[[dict[str, dict]], object], timeout_s: float = 180
     ) -> dict[str, dict]:
         """Wait until the views of the machines that are on satisfy ``what``."""
         deadline = time.monotonic() + timeout_s

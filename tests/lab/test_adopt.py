@@ -96,7 +96,7 @@ def test_a_cluster_of_three_is_adopted_and_a_fourth_machine_joins_it(lab: Bench)
 
 
 def test_one_sqlite_server_becomes_etcd_and_keeps_its_rows(lab: Bench) -> None:
-    up(lab, 3)
+    up(lab, 3, "--set", "settle=30s")  # with fewer than all, fewer of them are servers
     tell("node2")
     # What outlives the command must not hold its output.
     lab.inside("node2", "sh", "-c", f'{sys.executable} -c "{SUPERVISE}" 2>/dev/null')

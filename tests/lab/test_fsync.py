@@ -57,6 +57,7 @@ def test_an_acceptor_syncs_file_and_directory_before_it_answers(lab: Bench, tmp_
     lab.run("start", "node1")
     lab.until(lambda v: v["node1"]["node"]["phase"] == "discovering")
     trace = tmp_path / "trace"
+    daemon = daemon_of("node1")
     tracer = subprocess.Popen(
         [
             "strace",
@@ -69,12 +70,15 @@ def test_an_acceptor_syncs_file_and_directory_before_it_answers(lab: Bench, tmp_
             "-e",
             f"trace={CALLS}",
             "-p",
-            str(daemon_of("node1")),
+            str(daemon),
         ],
         stderr=subprocess.DEVNULL,
     )
     try:
-        time.sleep(1)
+        threads = Path(f"/proc/{daemon}/task")
+        while any("TracerPid:\t0\n" in (t / "status").read_text() for t in threads.iterdir()):
+            assert tracer.poll() is None, "strace does not attach"
+            time.sleep(0.05)
         enter = ["ip", "netns", "exec", network.SWITCH, "env", f"PYTHONPATH={ROOT}"]
         token = machine / "etc/k3sagentd/token"
         subprocess.run(

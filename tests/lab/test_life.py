@@ -114,7 +114,7 @@ def test_a_machine_with_a_new_image_gets_back_in(lab: Bench) -> None:
         lab.until(lambda v, n=name: _is_ready(v, n, never="to be surely gone"))
         views = whole(lab)
         assert views[name]["node"]["id"] != before[name]["node"]["id"]
-        assert uid(witness, name) != was
+        lab.until(lambda _, n=name, w=was: uid(witness, n) != w)
     agreed(views)
     assert voters(witness) == sorted(address(each) for each in servers(views))
     assert set(nodes(witness)) == set(views)

@@ -19,7 +19,7 @@ from tests.lab.test_wire import AVAHI, ENTER
 BALANCER = 190
 """Its number on the wire, far from the machines'."""
 LAPTOP = 80
-GONE_BOUND_S = 20.0
+GONE_BOUND_S = 30.0
 """A peer is known to be gone after 12 s."""
 
 
@@ -107,9 +107,9 @@ def test_the_mdns_name_is_the_live_servers(lab: Bench, tmp_path: Path) -> None:
     assert last in lab.inside("node1", "k3sagentd", "registration").splitlines()
 
     bystander.plug_in("laptop", LAPTOP)
-    until_answered(name, list(by_address), 10)
+    until_answered(name, list(by_address), 30)
     with avahi(tmp_path) as pid:
-        deadline = time.monotonic() + 15
+        deadline = time.monotonic() + 30
         while (address := by_avahi(pid, name)) is None:
             assert time.monotonic() < deadline, "avahi does not resolve it"
         assert address in by_address
@@ -124,6 +124,6 @@ def test_the_mdns_name_is_the_live_servers(lab: Bench, tmp_path: Path) -> None:
         begun_s = time.monotonic()
         until_answered(name, [each for each in by_address if each != address], GONE_BOUND_S)
         print(f"mDNS name: follows {time.monotonic() - begun_s:.1f} s after a server's end")
-        while by_avahi(pid, name) == address:
+        while (found := by_avahi(pid, name)) in (None, address):
             assert time.monotonic() < begun_s + GONE_BOUND_S, "avahi still has the dead server"
-        assert by_avahi(pid, name) in by_address
+        assert found in by_address

@@ -27,7 +27,7 @@ def test_one_command_makes_a_site_and_leaves_nothing(lab: Bench) -> None:
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
     assert answer["ok"] is True
-    assert list(answer["timings_s"]) == ["visible", "nominated", "sealed", "complete"]
+    assert answer["timings_s"].keys() == {"visible", "nominated", "sealed", "complete"}
     assert answer["site"]["phase"] == "sealed"
     assert sorted(node["role"] for node in answer["nodes"]) == ["agent"] * 2 + ["server"] * 3
     assert not site.directory().exists()
@@ -83,16 +83,23 @@ def dropin(name: str) -> str:
 
 def nominated_but_not_sealed(lab: Bench, *more: str) -> str:
     """A site whose init node was chosen and is starting K3s; returns its name."""
-    slow = ("--stand-in", "start_delay_s=6")
+    slow = ("--stand-in", "start_delay_s=3600")
     lab.run("up", "--nodes", "5", "--wait", "nominated", *FAST, *slow, *more)
     views = lab.views()
     assert {v["site"]["phase"] for v in views.values()} == {"nominated"}
     return lab.node_of(str(agreed(views)["init_node"]))
 
 
+def cut(lab: Bench, init: str) -> None:
+    """Its power; whoever starts K3s from here on is not slow any more."""
+    lab.run("kill", init)
+    for name in site.load().machines:
+        (site.load().machine(name) / "etc/k3s-standin.yaml").write_text("promote_s: 2\n")
+
+
 def test_the_init_node_loses_power_before_the_seal_and_goes_on(lab: Bench) -> None:
     init = nominated_but_not_sealed(lab)
-    lab.run("kill", init)
+    cut(lab, init)
     lab.run("start", init)
     views = lab.until(lambda v: len(v) == 5 and complete(v), 150)
     found = agreed(views)
@@ -101,10 +108,10 @@ def test_the_init_node_loses_power_before_the_seal_and_goes_on(lab: Bench) -> No
 
 
 def test_the_init_node_never_comes_back_in_time(lab: Bench) -> None:
-    init = nominated_but_not_sealed(lab, "--set", "abandon-after=20s")
+    init = nominated_but_not_sealed(lab, "--set", "abandon-after=30s")
     data = site.load().machine(init) / "var/lib/rancher"
     lab.until(lambda v: (data / "k3s/k3sagentd.json").exists())
-    lab.run("kill", init)
+    cut(lab, init)
     others = lab.until(
         lambda v: len(v) == 4 and all(x["site"]["phase"] == "sealed" for x in v.values())
     )

@@ -18,7 +18,7 @@ import yaml
 from k3sagentd.lab import network, site
 
 TOKEN = "a-token-of-the-lab"
-TIMEOUT_S = 40.0
+TIMEOUT_S = 90.0
 KNOBS = {"promote_s": 1, "node_grace_s": 4}
 ETCDCTL = ("env", "ETCDCTL_API=3", "etcdctl")
 TLS = "/var/lib/rancher/k3s/server/tls/"
@@ -341,7 +341,7 @@ def test_an_address_changes_and_the_cluster_is_reset(hands: Callable[..., Hands]
 
 
 def test_the_token_is_rotated_and_crowds_are_told_to_wait(hands: Callable[..., Hands]) -> None:
-    at = hands(2, request_s=1)
+    at = hands(2, request_s=3)
     one, two = at.names
     at.configure(one, cluster_init=True, token=TOKEN)
     at.up(one)

@@ -57,7 +57,8 @@ def test_a_stolen_agent_card_holds_no_server_token(lab: Bench) -> None:
     forget = ("--set", "forget-token=true")
     lab.run("up", "--nodes", "3", "--servers", "1", "--wait", "complete", *FAST, *forget)
     token = site.load().token
-    (server,), agents = roles(lab.views())
+    # Who forgets starts once more, perhaps just now.
+    (server,), agents = roles(lab.until(lambda v: len(v) == 3))
 
     def forgotten(views: dict[str, dict]) -> bool:
         notes = [views[each]["node"]["notes"] for each in agents]
@@ -102,7 +103,11 @@ def test_a_site_gets_a_new_token(lab: Bench) -> None:
         (files[name] / "token.next").write_text(new)
         (files[name] / "token.next").chmod(0o600)
         restart_daemon(lab, name)
-    lab.until(lambda v: all(x["site"]["seen"] == 4 and x["site"]["also"] for x in v.values()))
+    lab.until(
+        lambda v: (
+            len(v) == 4 and all(x["site"]["seen"] == 4 and x["site"]["also"] for x in v.values())
+        )
+    )
 
     # 2. The servers go over, one at a time.
     for name in servers:
@@ -127,7 +132,9 @@ def test_a_site_gets_a_new_token(lab: Bench) -> None:
     for name in before:
         lab.inside(name, "k3sagentd", "token", "forget")
         restart_daemon(lab, name)
-    views = lab.until(lambda v: complete(v) and all(x["site"]["seen"] == 4 for x in v.values()))
+    views = lab.until(
+        lambda v: len(v) == 4 and complete(v) and all(x["site"]["seen"] == 4 for x in v.values())
+    )
     for name, view in views.items():
         assert view["node"]["id"] == before[name]["node"]["id"]
         assert view["site"]["also"] == []

@@ -102,14 +102,19 @@ def test_k3s_is_looked_at_as_soon_as_it_is_to_change(tmp_path: Path) -> None:
         looks.append(at.node.phase)
         at.node = ready
 
+    async def looked(times: int) -> None:
+        async with asyncio.timeout(10):
+            while len(looks) < times:
+                await asyncio.sleep(0.001)
+
     async def follow() -> None:
         task = asyncio.create_task(subject.run())
-        await asyncio.sleep(0.02)
+        await looked(1)
         assert looks == [NodePhase.JOINING]
         # Hardly ready, the machine is told to be something else.
         at.node = joining
         subject.wake()
-        await asyncio.sleep(0.02)
+        await looked(2)
         assert looks == [NodePhase.JOINING] * 2
         task.cancel()
 

@@ -80,7 +80,10 @@ def refused() -> str:
         return f"https://127.0.0.1:{sock.getsockname()[1]}"
 
 
-def test_the_first_is_taken_and_no_other_is_asked(tmp_path: Path, serve: Serve) -> None:
+def test_the_first_is_taken_and_no_other_is_asked(
+    tmp_path: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reach, "HEAD_START_S", 10.0)
     first = serve("ours")
     with socket.create_server(("127.0.0.1", 0)) as second:
         second.settimeout(2 * HEAD_START_S)
@@ -90,8 +93,11 @@ def test_the_first_is_taken_and_no_other_is_asked(tmp_path: Path, serve: Serve) 
             second.accept()
 
 
-def test_one_that_is_slow_is_still_preferred(tmp_path: Path, serve: Serve) -> None:
-    urls = (serve("ours", slow_s=HEAD_START_S / 3), serve("ours"))
+def test_one_that_is_slow_is_still_preferred(
+    tmp_path: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reach, "HEAD_START_S", 10.0)
+    urls = (serve("ours", slow_s=HEAD_START_S), serve("ours"))
     assert reach.find(urls, ca_hash(tmp_path)) == urls[0]
 
 
@@ -120,7 +126,7 @@ def test_a_certificate_for_another_name_is_the_last_resort(tmp_path: Path, serve
 
 
 def test_what_each_one_said_is_told(tmp_path: Path, serve: Serve, silent: str, monkeypatch) -> None:
-    monkeypatch.setattr(reach, "ALL_TIMEOUT_S", 5 * HEAD_START_S)
+    monkeypatch.setattr(reach, "ALL_TIMEOUT_S", 10 * HEAD_START_S)
     theirs, starting, nobody = serve("theirs"), serve("starting", status=503), refused()
     other = serve("other", says=b"SSH-2.0-x\r\n")
     serve("ours")
