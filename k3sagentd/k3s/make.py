@@ -14,7 +14,7 @@ from typing import Any
 from k3sagentd import keys
 from k3sagentd.core.k3s import Action, Datastore, ServerOrAgent
 from k3sagentd.discovery.addresses import attachment
-from k3sagentd.errors import MachineError
+from k3sagentd.errors import HopelessError, MachineError
 from k3sagentd.k3s import credentials, dropin, keepalived
 from k3sagentd.k3s.change_role import change, is_change
 from k3sagentd.k3s.convert import begin as begin_conversion
@@ -46,12 +46,21 @@ def install(work: Work) -> None:
 
 
 def check_may_start(work: Work) -> None:
-    """Raise MachineError for an INIT of a removed member: it would found a cluster of its own."""
-    data = work.paths.k3s_data
-    if work.order.action is Action.INIT and is_removed(data):
+    """Raise MachineError for an INIT that would found a second cluster: of a removed member, or
+    where the cluster is there and its data is not."""
+    data, order = work.paths.k3s_data, work.order
+    if order.action is not Action.INIT:
+        return
+    if is_removed(data):
         raise MachineError(
             f"this server was removed from its cluster ({data} has a tombstone); it waits for one "
             "of the cluster's servers to join it again"
+        )
+    if order.ca_hash is not None and datastore(data) is Datastore.NONE:
+        raise HopelessError(
+            f"this server's cluster (CA {order.ca_hash[:12]}) is not in {data}: bring its data "
+            "back (is a disk not mounted?) or power on another of its servers; if it is lost for "
+            "good, k3sagentd cluster-init --force"
         )
 
 

@@ -228,3 +228,19 @@ def test_a_member_that_learns_of_its_removal_meanwhile_is_not_started(
     assert (m.paths.k3s_data / WAL).exists()
     assert "cluster-init" not in m.said()
     assert m.k3s.did == []
+
+
+def test_a_cluster_whose_data_is_gone_is_not_founded_again(m: Machine) -> None:
+    """Its owner moved it, or its disk is not mounted: whoever is in it would have a second one."""
+    assert m.apply(INIT).outcome is Outcome.DONE
+    m.put(*AS_SERVER, WAL)
+    sealed = replace(INIT, ca_hash=HASH)
+    assert m.apply(sealed).outcome is Outcome.DONE
+    m.k3s.stop()
+    m.k3s.did.clear()
+    m.paths.k3s_data.rename(m.paths.k3s_data.with_name("backup"))
+    refused = m.apply(replace(sealed, attempt=1))
+    assert refused.outcome is Outcome.FAILED_FOR_GOOD
+    assert "bring its data back" in str(refused.reason)
+    assert m.k3s.did == []
+    assert not m.paths.k3s_data.exists()
