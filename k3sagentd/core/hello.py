@@ -58,8 +58,8 @@ def has_moved(node: Node) -> bool:
 def server_url(node: Node) -> str | None:
     """Where others reach this node's server, once the site is sealed and it is ready."""
     # An agent has no CA to show: it may run while it is made a server.
-    ready = node.k3s.ready and node.k3s.ca_hash is not None and node.seal is not None
-    if not ready or k3s_role(node) is not ServerOrAgent.SERVER:
+    ours = node.seal is not None and node.k3s.ca_hash == node.seal.ca_hash
+    if not (ours and node.k3s.ready) or k3s_role(node) is not ServerOrAgent.SERVER:
         return None
     return own_url(node)
 

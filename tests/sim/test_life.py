@@ -9,6 +9,7 @@ import pytest
 from k3sagentd.core import guards, status
 from k3sagentd.core.cluster import KubeNode, Roster
 from k3sagentd.core.events import K3sProbed, MessageReceived
+from k3sagentd.core.hello import server_url
 from k3sagentd.core.k3s import Action, Datastore, Facts, K3sState, ServerOrAgent
 from k3sagentd.core.log import Nominate
 from k3sagentd.core.messages import Learned
@@ -340,3 +341,11 @@ def test_who_left_is_not_asked_for_when_etcd_has_no_quorum() -> None:
     assert lost is not None
     assert lost.startswith("1 of etcd's 2 servers here, 2 must be")
     assert lost.endswith("power on c")
+
+
+def test_a_server_of_another_cluster_is_none_of_the_sites() -> None:
+    wire = play(THREE_SERVERS)
+    assert guards.conflict(node_of(wire, "b")) is None
+    assert server_url(node_of(wire, "b")) is not None
+    feed(wire, "b", K3sState(running=True, ready=True, ca_hash="b0" * 32, detail="ready"))
+    assert server_url(node_of(wire, "b")) is None

@@ -38,6 +38,7 @@ FOUND = {
     4427: "the Node of an adopted server that was gone for good stayed",
     13628: "a server that died while it took over from another stayed a member of etcd",
     17006: "a clone took the nomination of its twin for its own",
+    25620: "a server of another cluster counted as one of the site's",
     86273: "a machine with a cluster and a slow disk: others were nominated and gave up, 500 times",
 }
 """What each seed showed; those before them are in ``test_promise``, as the plans they were."""
