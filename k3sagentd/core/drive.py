@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from k3sagentd.core import guards, leaving, log, names, ranking
 from k3sagentd.core.effects import WriteOrder
-from k3sagentd.core.hello import fixed_urls, has_etcd, k3s_role, own_url
+from k3sagentd.core.hello import fixed_urls, has_etcd, is_adopted, k3s_role, own_url
 from k3sagentd.core.k3s import (
     Action,
     Datastore,
@@ -89,6 +89,9 @@ def _join(turn: Turn) -> None:
         founds = node.is_init and k3s_role(node) is ServerOrAgent.SERVER
         action = Action.INIT if founds and not ready_urls(node) else Action.JOIN
         _ensure(turn, action, again=_is_down(node, turn.now_s))
+        ours = k3s_role(node) is ServerOrAgent.AGENT and not is_adopted(node)
+        if ours and is_kept_out(turn.node, turn.now_s):
+            ask(turn)  # it was away for long, and another machine has its name
         return
     if is_other_role(node) and k3s_role(node) is ServerOrAgent.AGENT:
         # By the word of the others: three that are left of four are a quorum, one of two is none.
@@ -149,8 +152,8 @@ def _settle_in(turn: Turn) -> None:
     """Once other servers are ready, the init node is told to follow them like any other.
 
     Else its ``cluster-init`` would found a second cluster if its data were ever lost. An agent is
-    told when none of the servers that it was pointed at is there any more. And what of an order is
-    still to do while K3s is ready is tried again, like any other.
+    told when none of the servers that it was pointed at is there any more, and of its own new
+    address. And what of an order is still to do while K3s is ready is tried again, like any other.
     """
     node = turn.node
     if (node.is_init and ready_urls(node)) or is_adrift(node):
@@ -160,14 +163,16 @@ def _settle_in(turn: Turn) -> None:
 
 
 def is_adrift(node: Node) -> bool:
-    """Whether an agent was last told of servers none of which is heard, while others are ready.
+    """Whether an agent's K3s was last told of servers none of which is heard, while others are
+    ready, or of an address that this machine has no more.
 
     K3s's own load balancer follows servers that come and go, but not all at once (K3S.md 8).
     """
     order, ready = node.drive.order, ready_urls(node)
     if k3s_role(node) is not ServerOrAgent.AGENT or order is None or not ready:
         return False
-    return order.action is Action.JOIN and not set(ready) & set(order.servers)
+    moved = node.drive.address not in (node.address, *node.also)
+    return order.action is Action.JOIN and (moved or not set(ready) & set(order.servers))
 
 
 def _ordered(node: Node, action: Action) -> bool:
@@ -194,7 +199,12 @@ def _ensure(turn: Turn, action: Action, *, again: bool = False) -> None:
     _remember(turn, action)
     order = replace(_order(turn.node, action), attempt=attempt)
     turn.drive(
-        order=order, outcome=Outcome.RUNNING, result=None, retry_at_s=None, ordered_s=turn.now_s
+        order=order,
+        outcome=Outcome.RUNNING,
+        result=None,
+        retry_at_s=None,
+        ordered_s=turn.now_s,
+        address=turn.node.address,
     )
     turn.effects.append(WriteOrder(order=order))
 

@@ -30,11 +30,11 @@ def k3s_role(node: Node) -> ServerOrAgent | None:
     listed = node.id in node.roster.servers
     # Servers of a cluster that was there before the site stand in no roster until one is written
     # that knows of them; and they are not ours to demote.
-    unlisted = has_etcd(node) and (node.roster.revision == 0 or _is_adopted(node))
+    unlisted = has_etcd(node) and (node.roster.revision == 0 or is_adopted(node))
     return ServerOrAgent.SERVER if listed or unlisted else ServerOrAgent.AGENT
 
 
-def _is_adopted(node: Node) -> bool:
+def is_adopted(node: Node) -> bool:
     """Whether K3s of the sealed cluster was here before us."""
     facts, seal = node.facts, node.seal
     if facts is None or facts.node_name is None or seal is None:

@@ -157,6 +157,8 @@ class Drive:
     """When ``order`` was given."""
     first_order_s: float | None = None
     """When this action was first ordered."""
+    address: str | None = None
+    """Of this machine, when ``order`` was given."""
     prepared: bool = False
     registration: Registration | None = None
     asked_s: float = float("-inf")

@@ -183,6 +183,8 @@ def _joining(node: Node, now_s: float) -> str:
             return node.drive.told
         if node.drive.registration is None:
             return "a node of the site to hand out the registration address"
+    if node.drive.told is not None and drive.is_kept_out(node, now_s):
+        return node.drive.told
     return _result(node, now_s)
 
 

@@ -389,7 +389,7 @@ def _still_there(node: Node, kube: KubeNode, joiner: NodeId, now_s: float) -> st
         if hello.node != joiner and kube.node == hello.node:
             return (
                 f"another name: {kube.name} is the machine at {hello.address}; change the hostname "
-                "of one and restart k3sagentd there"
+                "of one of them, and k3sagentd reset there"
             )
     if kube.ready:
         return f"the Node {kube.name} to be given up by K3s, which still hears it"

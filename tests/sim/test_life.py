@@ -8,14 +8,14 @@ import pytest
 
 from k3sagentd.core import guards, status
 from k3sagentd.core.cluster import KubeNode, Roster
-from k3sagentd.core.events import K3sProbed, MessageReceived
+from k3sagentd.core.events import AddressChanged, K3sProbed, MessageReceived
 from k3sagentd.core.hello import server_url
 from k3sagentd.core.k3s import Action, Datastore, Facts, K3sState, ServerOrAgent
 from k3sagentd.core.log import Nominate
 from k3sagentd.core.messages import Learned
-from k3sagentd.core.state import PEERS_LIMIT, Node, Peer
+from k3sagentd.core.state import PEERS_LIMIT, Durable, Node, Peer
 from k3sagentd.core.words import NodeId, NodePhase
-from tests.sim.scenario import Wire
+from tests.sim.scenario import Machine, Wire
 
 CA = "a0" * 32
 THREE_SERVERS = """\
@@ -349,3 +349,35 @@ def test_a_server_of_another_cluster_is_none_of_the_sites() -> None:
     assert server_url(node_of(wire, "b")) is not None
     feed(wire, "b", K3sState(running=True, ready=True, ca_hash="b0" * 32, detail="ready"))
     assert server_url(node_of(wire, "b")) is None
+
+
+def test_an_agent_whose_name_was_taken_meanwhile_says_by_whom() -> None:
+    """It was off for longer than replace-after, and a new machine has its hostname."""
+    wire = play(THREE_SERVERS)
+    play("ready d\ngo 10s\noff d\ngo 20s", wire)
+    d, other = wire.machines["d"], NodeId("d-z")
+    blank = Facts(fsync_ms=1.0)
+    site = replace(d.site, hardware="of d-z")
+    wire.machines[other] = Machine(other, site, Durable(node=other), blank)
+    play("on d-z\nmeet a b c d-z\ngo 400s\napply d-z done\nready d-z\ngo 10s", wire)
+    assert wire._kube.nodes["d"].node == other
+    d.facts = replace(blank, datastore=Datastore.AGENT, ca_hash=CA)
+    play("on d\nmeet a b c d d-z\ndeliver\ngo 5s\napply d done\ngo 200s", wire)
+    taken = "another name: d is the machine at "
+    assert taken in said(wire, "d")
+    assert "k3sagentd reset there" in said(wire, "d")
+
+
+def test_an_agent_follows_its_own_new_address_while_it_is_ready() -> None:
+    wire = play(THREE_SERVERS)
+    d = wire.machines["d"]
+    play("ready d\ngo 10s", wire)
+    before = d.order
+    wire._feed(d, AddressChanged(now_s=wire.now_s, address="10.0.9.99", also=("10.0.0.4",)))
+    assert d.order == before, "it has the old one as well"
+    wire._feed(d, AddressChanged(now_s=wire.now_s, address="10.0.9.99"))
+    assert d.order is not None
+    assert before is not None
+    assert (d.order.action, d.order.attempt) == (Action.JOIN, before.attempt + 1)
+    play("apply d done\ngo 600s", wire)
+    assert d.order.attempt == before.attempt + 1
