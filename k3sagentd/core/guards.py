@@ -63,6 +63,8 @@ def holds_data(node: Node) -> bool:
     starting = order is not None and order.action in (Action.INIT, Action.JOIN)
     if starting and outcome in (Outcome.RUNNING, Outcome.DONE):
         return True
+    if node.k3s.running or node.k3s.ready:
+        return True  # its unit started it with the machine, after the disk was looked at
     if node.facts is None or node.facts.datastore is not Datastore.NONE:
         return True
     return node.durable.started_epoch is not None and not starting
@@ -73,7 +75,7 @@ def _has_data(node: Node) -> bool:
     at before K3s had begun, by what it was started to be."""
     order = node.drive.order
     started = order is not None and order.action in (Action.INIT, Action.JOIN)
-    if started and node.drive.outcome is Outcome.DONE:
+    if (started and node.drive.outcome is Outcome.DONE) or node.k3s.running or node.k3s.ready:
         return True
     return node.facts is not None and node.facts.datastore is not Datastore.NONE
 

@@ -52,6 +52,8 @@ class Promise:
         """By the nodes that an operator forced."""
         self.rosters: dict[tuple[str, int], Roster] = {}
         self.founded: dict[str, tuple[NodeId, int]] = {}
+        self.forced_on: dict[tuple[int, NodeId], str] = {}
+        """Which machine founded a cluster by a forced start."""
         self.joined: dict[str, set[NodeId]] = {}
         self._votes: dict[tuple[int, Ballot, int], set[NodeId]] = {}
         self._asked: dict[tuple[int, Ballot], Value] = {}
@@ -297,6 +299,8 @@ class Promise:
         """A cluster came to be."""
         self.founded[cluster] = (m.id, epoch)
         if generation:
+            first = self.forced_on.setdefault((generation, m.id), m.name)
+            self._agreed(first == m.name, "a forced start has one cluster", f"{m.name} founds too")
             return
         outcome = self.chosen.get(2 * epoch + 1)
         self._agreed(

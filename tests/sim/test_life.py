@@ -381,3 +381,15 @@ def test_an_agent_follows_its_own_new_address_while_it_is_ready() -> None:
     assert (d.order.action, d.order.attempt) == (Action.JOIN, before.attempt + 1)
     play("apply d done\ngo 600s", wire)
     assert d.order.attempt == before.attempt + 1
+
+
+def test_k3s_that_its_unit_started_holds_data() -> None:
+    """After a power cut just after ``apply``: the disk was looked at before K3s had begun."""
+    wire = play(THREE_SERVERS)
+    play("off d\non d\nmeet a b c d", wire)
+    d = wire.machines["d"]
+    assert node_of(wire, "d").facts == Facts(fsync_ms=1.0)
+    assert d.order is None
+    assert not guards.holds_data(node_of(wire, "d"))
+    feed(wire, "d", K3sState(running=True, ready=True, detail="ready"))
+    assert guards.holds_data(node_of(wire, "d"))
