@@ -17,6 +17,7 @@ from pathlib import Path
 from k3sagentd import schema
 from k3sagentd.config import Config, load_config
 from k3sagentd.core.k3s import Datastore, Facts, ServerOrAgent
+from k3sagentd.core.words import NodeId
 from k3sagentd.errors import ConfigError, DataError, MachineError
 from k3sagentd.files import read_bounded, write_atomically
 from k3sagentd.hardware import Hardware, read_hardware
@@ -86,6 +87,7 @@ def collect(paths: Paths, config: Config, fsync_ms: float | None = None) -> Fact
         datastore=store,
         origin=marker.epoch if marker else None,
         origin_generation=marker.generation if marker else 0,
+        origin_node=NodeId(marker.node) if marker and marker.node else None,
         ca_hash=ca_hash(paths.k3s_data),
         fsync_ms=fsync_ms if fsync_ms is not None else measure_fsync(paths.k3s_data),
         shared_flags=flags.shared({**theirs, **configured(config, theirs)}),
