@@ -45,6 +45,9 @@ class Facts:
     node_name: str | None = None
     """K3s's name for this machine where K3s was there before us: it cannot be chosen any more. None
     on a machine whose K3s is ours or has no data."""
+    told_name: str | None = None
+    """The name that an order of ours gave K3s, where K3s has data under it: a Node, and perhaps a
+    member of etcd, that a node which lost its state or is new on this disk goes on with."""
     node_ip: str | None = None
     """With etcd data: the address that K3s is configured with, by which etcd knows this member.
     None where K3s takes what it finds at each start, and while a command changes it."""

@@ -120,6 +120,7 @@ class Computer:
     def facts(self) -> Facts:
         """What root would find."""
         server = self.k3s.store in (Datastore.ETCD, Datastore.SQLITE)
+        has_data = self.k3s.store is not Datastore.NONE
         return Facts(
             datastore=self.k3s.store,
             origin=self.k3s.origin,
@@ -129,6 +130,7 @@ class Computer:
             fsync_ms=self.plan.fsync_ms,
             shared_flags=self.plan.shared_flags,
             node_name=self.k3s.name if server and not self.k3s.labelled else None,
+            told_name=self.k3s.name if has_data and self.k3s.labelled else None,
         )
 
     def probe(self) -> K3sState:

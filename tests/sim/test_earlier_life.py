@@ -75,3 +75,49 @@ def test_the_simulated_site_keeps_what_an_earlier_life_made(epoch: int) -> None:
     world.run(600.0)
     assert world.complete
     assert {m.k3s.cluster for m in world.computers} == {"e" * 64}
+
+
+FOUR_OF_ONE_NAME = """\
+on a b c d
+meet a b c d
+deliver
+go 10s
+apply a done
+ready a
+deliver
+apply b done
+apply c done
+deliver
+go 4s
+apply b done
+ready b
+deliver
+go 4s
+apply c done
+ready c
+apply d done
+ready d
+deliver
+go 60s"""
+
+
+@pytest.mark.parametrize("name", ["a", "b", "d"])
+@pytest.mark.parametrize("what", ["forget {}", "image {} z"])
+def test_who_lost_its_state_is_the_node_that_it_was(name: str, what: str) -> None:
+    """Under its bare hostname a live member would be another Node, and the old one one to clear."""
+    wire = play("site a b c d nodes=4 servers=3")
+    for m in wire.machines.values():
+        m.site = replace(m.site, hostname="raspberrypi")
+    play(FOUR_OF_ONE_NAME, wire)
+    known = node_of(wire, name).durable.node_name
+    assert known == f"raspberrypi-{name}"
+    facts = node_of(wire, name).facts
+    assert facts is not None
+    play(f"off {name}\n{what.format(name)}", wire)
+    now = "z" if what.startswith("image") else name
+    wire.machines[now].facts = replace(facts, told_name=known)
+    others = " ".join(each for each in "abcd" if each != name)
+    play(f"on {now}\nmeet {others} {now}\ndeliver\ngo 5s", wire)
+    order = wire.machines[now].order
+    assert order is not None
+    assert (order.action, order.node_name) == (Action.JOIN, known)

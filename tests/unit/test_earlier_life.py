@@ -13,7 +13,7 @@ from k3sagentd.errors import DataError
 from k3sagentd.k3s import dropin, facts
 from k3sagentd.k3s.data import Marker, datastore, read_marker, write_marker
 from k3sagentd.k3s.order import check
-from tests.unit.rooted import AS_SERVER, INIT, NODE, ONE, SERVER, WAL, Machine
+from tests.unit.rooted import AS_AGENT, AS_SERVER, INIT, NODE, ONE, SERVER, WAL, Machine
 
 STAND_DOWN = replace(INIT, action=Action.STAND_DOWN)
 EARLIER = "fedcba9876543210"
@@ -97,3 +97,20 @@ def test_a_marker_that_names_nobody_is_nobodys(m: Machine, node: object) -> None
     assert found is not None
     assert not found.is_by("")
     assert facts.collect(m.paths, load_config(m.paths)).origin_node is None
+
+
+@pytest.mark.parametrize("kind", [[*AS_SERVER, WAL], AS_AGENT])
+def test_the_name_that_k3s_was_told_outlives_what_we_know(m: Machine, kind: list[str]) -> None:
+    m.ours(SERVER, **{"node-name": "raspberrypi-0123abcd"})
+    config = load_config(m.paths)
+    assert facts.collect(m.paths, config).told_name is None, "nobody knows it by that name yet"
+    m.put(*kind)
+    assert facts.collect(m.paths, config).told_name == "raspberrypi-0123abcd"
+
+
+@pytest.mark.parametrize("text", ["node-name: 7\n", "{", "server: x\n"])
+def test_a_drop_in_that_names_nobody_is_no_name(m: Machine, text: str) -> None:
+    m.put(*AS_SERVER, WAL)
+    m.ours(SERVER)
+    m.paths.dropin.write_text(text)
+    assert facts.collect(m.paths, load_config(m.paths)).told_name is None
