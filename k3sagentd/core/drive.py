@@ -306,7 +306,8 @@ def on_seen(turn: Turn, **seen: Facts | K3sState) -> None:
             turn.set(facts=replace(facts, datastore=Datastore.AGENT))
         return
     if order is not None and action is Action.INIT:  # root marked it before K3s began
-        facts = replace(facts, origin=order.epoch, origin_generation=order.generation)
+        epoch, generation = order.epoch, order.generation
+        facts = replace(facts, origin=epoch, origin_generation=generation, origin_node=turn.node.id)
     elif seal is None or state.ca_hash != seal.ca_hash:
         return
     turn.set(facts=replace(facts, datastore=Datastore.ETCD, ca_hash=state.ca_hash))

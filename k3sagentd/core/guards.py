@@ -7,7 +7,7 @@ Every function answers None for "go on". The rules are those of the design, sect
 from __future__ import annotations
 
 from k3sagentd.core.k3s import Action, Datastore, Outcome
-from k3sagentd.core.log import Abandon, Nominate, Value, is_abandoned
+from k3sagentd.core.log import Abandon, Nominate, Value, init_of, is_abandoned
 from k3sagentd.core.messages import Hello, Intent
 from k3sagentd.core.state import Node
 from k3sagentd.core.words import NodeId, NodePhase, Role, short
@@ -21,7 +21,8 @@ def existing_cluster(node: Node) -> str | None:
     """The cluster this machine's K3s data belongs to, unless we started it ourselves.
 
     Data that was there before the site stays such whatever an order of ours does with it (SQLite
-    that is converted keeps its CA); data of an epoch that was abandoned is nobody's.
+    that is converted keeps its CA); so does what an earlier identity started, whose epochs are of
+    another log. Data of an epoch that was abandoned is nobody's.
     """
     facts = node.facts
     if facts is None or facts.datastore in (Datastore.NONE, Datastore.AGENT):
@@ -29,9 +30,10 @@ def existing_cluster(node: Node) -> str | None:
     if facts.origin is not None:
         durable = node.durable
         started = (durable.started_generation, durable.started_epoch)
-        if started == (facts.origin_generation, facts.origin):
+        made = (facts.origin_generation, facts.origin)
+        if started == made and facts.origin_node == node.id:
             return None
-        if _abandoned(node, facts.origin_generation, facts.origin):
+        if _abandoned(node, *made, facts.origin_node):
             return None
     return facts.ca_hash or f"unknown, on {short(node.id)}"
 
@@ -44,13 +46,17 @@ def claim(node: Node, hello: Hello) -> str | None:
     if hello.generation != node.generation:
         return None  # of a cluster that the operator gave up, or is about to lead us to
     epoch = hello.existing_epoch
-    if epoch is not None and _abandoned(node, hello.existing_generation, epoch):
+    generation, by = hello.existing_generation, hello.existing_by
+    if epoch is not None and _abandoned(node, generation, epoch, by):
         return None
     return hello.existing
 
 
-def _abandoned(node: Node, generation: int, epoch: int) -> bool:
-    return generation == node.generation.number and is_abandoned(node.log, epoch)
+def _abandoned(node: Node, generation: int, epoch: int, by: NodeId | None) -> bool:
+    """Whether our log says so of what ``by`` started: another log had an epoch of that number."""
+    if generation != node.generation.number or by is None:
+        return False
+    return init_of(node.log, epoch) == by and is_abandoned(node.log, epoch)
 
 
 def holds_data(node: Node) -> bool:

@@ -148,6 +148,7 @@ def own_hello(node: Node) -> Hello:
         machine=node.site.machine,
         generation=node.generation,
         existing_generation=node.facts.origin_generation if node.facts else 0,
+        existing_by=node.facts.origin_node if node.facts else None,
         roster=node.durable.roster,
         member=may_be_member(node),
         adopted=node.facts is not None and node.facts.node_name is not None,

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from k3sagentd.core.words import NodeId
+
 
 class Datastore(StrEnum):
     """What K3s's data directory holds (K3S.md 1); it decides what K3s does at its next start."""
@@ -27,9 +29,12 @@ class Facts:
 
     datastore: Datastore = Datastore.NONE
     origin: int | None = None
-    """Epoch in which our init order made this data; None: it was there before us."""
+    """Epoch in which an init order made this data; None: it was there before us."""
     origin_generation: int = 0
     """The generation of the bootstrap log that ``origin`` is an epoch of."""
+    origin_node: NodeId | None = None
+    """The node that this order was given to. Each log begins at epoch 0, so another one's, or None,
+    is of an earlier life: for this node such data was there before."""
     ca_hash: str | None = None
     """SHA-256 (64 hex) of ``server/tls/server-ca.crt``, where there is one."""
     fsync_ms: float | None = None
@@ -40,6 +45,9 @@ class Facts:
     node_name: str | None = None
     """K3s's name for this machine where K3s was there before us: it cannot be chosen any more. None
     on a machine whose K3s is ours or has no data."""
+    told_name: str | None = None
+    """The name that an order of ours gave K3s, where K3s has data under it: a Node, and perhaps a
+    member of etcd, that a node which lost its state or is new on this disk goes on with."""
     node_ip: str | None = None
     """With etcd data: the address that K3s is configured with, by which etcd knows this member.
     None where K3s takes what it finds at each start, and while a command changes it."""
@@ -104,7 +112,8 @@ class Order:
     instance: str = ""
     """The run of the daemon that gave it: an answer to an earlier run's order is not its own."""
     node: str = ""
-    """The machine's node id, for the label of its Node object (``cluster.NODE_LABEL``)."""
+    """The machine's node id, for the label of its Node object (``cluster.NODE_LABEL``), and for
+    the mark in the data of a cluster that it starts."""
     hardware: str | None = None
     """The mark of its hardware, for the label ``cluster.HARDWARE_LABEL``."""
     generation: int = 0

@@ -118,6 +118,12 @@ def epoch(log: Log) -> int:
     return epoch_of(len(log) - 1 if seal_of(log) else len(log))
 
 
+def init_of(log: Log, epoch: int) -> NodeId | None:
+    """Who was nominated in ``epoch``, as far as this log goes."""
+    entry = log[2 * epoch] if 2 * epoch < len(log) else None
+    return entry.init if isinstance(entry, Nominate) else None
+
+
 def is_abandoned(log: Log, epoch: int) -> bool:
     """Whether ``epoch`` is known to have been abandoned."""
     outcome = 2 * epoch + 1

@@ -70,6 +70,8 @@ class Hello:
     generation: Generation = field(default_factory=Generation)
     existing_generation: int = 0
     """The generation of ``existing_epoch``."""
+    existing_by: NodeId | None = None
+    """Who started it in that epoch: perhaps an earlier identity, by another log."""
     roster: Roster | None = None
     """The newest that it knows; None: the nomination's."""
     member: bool = False

@@ -37,10 +37,11 @@ def _is_unused(node: Node) -> bool:
 
 
 def choose(node: Node) -> str:
-    """The hostname, made unique where others have or may have it; K3s's own where it ran before."""
+    """The hostname, made unique where others have or may have it; K3s's own where it ran before:
+    under another it would be a new Node, and leave the old one behind."""
     hostname = node.site.hostname
-    if node.facts is not None and node.facts.node_name is not None:
-        return node.facts.node_name
+    if node.facts is not None and (before := node.facts.node_name or node.facts.told_name):
+        return before
     if guards.existing_cluster(node) is not None:
         return hostname
     taken = {

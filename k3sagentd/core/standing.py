@@ -23,24 +23,29 @@ STARTS_LIMIT = 5
 def started_epoch(node: Node) -> int | None:
     """The epoch in which we were to start the cluster: as we know it, or as its data says.
 
-    An identity that lost its state may still have the data.
+    An identity that lost its state may still have the data; another identity's is none of ours.
     """
-    if node.durable.started_epoch is not None or node.facts is None:
+    if node.durable.started_epoch is not None or not is_own(node):
         return node.durable.started_epoch
-    return node.facts.origin
+    return node.facts.origin if node.facts is not None else None
 
 
 def started_generation(node: Node) -> int:
     """The generation of that epoch."""
-    if node.durable.started_epoch is not None or node.facts is None:
+    if node.durable.started_epoch is not None or node.facts is None or not is_own(node):
         return node.durable.started_generation
     return node.facts.origin_generation
+
+
+def is_own(node: Node) -> bool:
+    """Whether this very identity was told to start what is on the disk."""
+    return node.facts is not None and node.facts.origin_node == node.id
 
 
 def has_own_start(node: Node) -> bool:
     """Whether this machine's data is what it was told to start, and nothing else."""
     durable, facts = node.durable, node.facts
-    if durable.started_epoch is None or facts is None:
+    if durable.started_epoch is None or facts is None or not is_own(node):
         return False
     made = (facts.origin_generation, facts.origin)
     return made == (durable.started_generation, durable.started_epoch)

@@ -132,7 +132,8 @@ def _check_init(work: Work) -> None:
     check_may_start(work)
     if datastore(data) is Datastore.AGENT:
         raise HopelessError(f"{data} has the data of an agent of another cluster; move it aside")
-    if origin is not None and origin != asked:
+    # What an earlier identity began was there before this one, and is adopted as anybody's is.
+    if origin is not None and origin.is_by(work.order.node) and origin != asked:
         raise HopelessError(
             f"{data} was made for {origin.describe()}, this is {asked.describe()}; move it aside"
         )

@@ -23,7 +23,7 @@ from k3sagentd.k3s.mounts import mount_points
 log = logging.getLogger(__name__)
 
 MARKER = "k3sagentd.json"
-"""In K3s's data directory: which generation's and epoch's order made it."""
+"""In K3s's data directory: which node's order made it, of which epoch and generation."""
 ETCD = "server/db/etcd"
 SQLITE = "server/db/state.db"
 TOMBSTONE = "tombstone"
@@ -48,6 +48,12 @@ class Marker:
 
     epoch: int
     generation: int = 0
+    node: str | None = None
+    """The init node. None: nobody can say whose life that epoch is of, so of no node that asks."""
+
+    def is_by(self, node: str) -> bool:
+        """Whether an order to ``node`` made it; else the data was there before that node was."""
+        return bool(node) and self.node == node
 
     def describe(self) -> str:
         """As people read it."""
@@ -75,7 +81,12 @@ def read_marker(data: Path) -> Marker | None:
     """Which init order of ours made this data; None: none did."""
     try:
         found = json.loads(read_bounded(data / MARKER, 4096))
-        marker = Marker(epoch=found["epoch"], generation=found.get("generation", 0))
+        node = found.get("node")
+        marker = Marker(
+            epoch=found["epoch"],
+            generation=found.get("generation", 0),
+            node=node if isinstance(node, str) else None,
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     for number in (marker.epoch, marker.generation):

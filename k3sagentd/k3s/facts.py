@@ -17,10 +17,11 @@ from pathlib import Path
 from k3sagentd import schema
 from k3sagentd.config import Config, load_config
 from k3sagentd.core.k3s import Datastore, Facts, ServerOrAgent
+from k3sagentd.core.words import NodeId
 from k3sagentd.errors import ConfigError, DataError, MachineError
 from k3sagentd.files import read_bounded, write_atomically
 from k3sagentd.hardware import Hardware, read_hardware
-from k3sagentd.k3s import flags, underway
+from k3sagentd.k3s import dropin, flags, underway
 from k3sagentd.k3s.data import ca_hash, datastore, read_marker
 from k3sagentd.k3s.ownership import is_adopted
 from k3sagentd.k3s.settings import configured, node_ip, node_name, told
@@ -86,13 +87,25 @@ def collect(paths: Paths, config: Config, fsync_ms: float | None = None) -> Fact
         datastore=store,
         origin=marker.epoch if marker else None,
         origin_generation=marker.generation if marker else 0,
+        origin_node=NodeId(marker.node) if marker and marker.node else None,
         ca_hash=ca_hash(paths.k3s_data),
         fsync_ms=fsync_ms if fsync_ms is not None else measure_fsync(paths.k3s_data),
         shared_flags=flags.shared({**theirs, **configured(config, theirs)}),
         node_name=node_name(paths, all_told) if is_adopted(paths, config) else None,
+        told_name=_told_name(paths, store),
         node_ip=address if store is Datastore.ETCD else None,
         unfinished=begun.command if begun is not None else None,
     )
+
+
+def _told_name(paths: Paths, store: Datastore) -> str | None:
+    """The name in our drop-in; without data K3s was never, or is no more, known by it."""
+    if store is Datastore.NONE:
+        return None
+    with contextlib.suppress(ConfigError):
+        name = dropin.present(paths).get("node-name")
+        return name if isinstance(name, str) else None
+    return None
 
 
 def _begun(paths: Paths) -> Progress | None:

@@ -80,6 +80,8 @@ def check(order: Order) -> None:
         raise DataError(f"instance is {order.instance!r:.80}")
     if not INSTANCE.fullmatch(order.node):
         raise DataError(f"node is {order.node!r:.80}")
+    if order.action in (Action.INIT, Action.STAND_DOWN) and not order.node:
+        raise DataError(f"an order to {order.action} needs node")
     if order.hardware is not None and not MARK.fullmatch(order.hardware):
         raise DataError(f"hardware is {order.hardware!r:.80}")
     for flag, value in order.shared_flags.items():

@@ -59,7 +59,7 @@ systemctl disable "$unit"
 rm -f "{root}/etc/systemd/system/$unit"
 echo '[Service]' > "{root}/etc/systemd/system/$unit"
 """
-INIT = Order(action=Action.INIT, epoch=0, role=ServerOrAgent.SERVER, node_name="n1")
+INIT = Order(action=Action.INIT, epoch=0, role=ServerOrAgent.SERVER, node_name="n1", node="ab" * 8)
 STAND_DOWN = replace(INIT, action=Action.STAND_DOWN, epoch=2)
 CASES = ["init", "join", "stand-down", "promote", "demote", "convert", "follow"]
 UNITS = {
@@ -104,7 +104,9 @@ class Machine:
             case "stand-down" | "demote":
                 self._runs("server/tls/server-ca.crt", "agent/server-ca.crt", AGENT)
                 (paths.k3s_data / ETCD).mkdir(parents=True)
-                marker = json.dumps({"epoch": order.epoch})
+                if case == "stand-down":
+                    paths.dropin.write_text("cluster-init: true\n")
+                marker = json.dumps({"epoch": order.epoch, "node": order.node})
                 (paths.k3s_data / data.MARKER).write_text(marker)
             case "promote" | "follow":
                 self._runs("agent/server-ca.crt", AGENT, "agent/images/all.tar")

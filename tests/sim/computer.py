@@ -21,6 +21,9 @@ from k3sagentd.core.words import NodeId
 from tests.sim.disk import Disk
 from tests.sim.plan import MachinePlan
 
+EARLIER = NodeId("earlier")
+"""An identity of before the run: its machine has the disk, and another identity, now."""
+
 
 @dataclass(slots=True, eq=False)
 class K3s:
@@ -32,6 +35,7 @@ class K3s:
     origin: int | None = None
     """What ``facts.MARKER`` in the data directory says."""
     origin_generation: int = 0
+    origin_node: NodeId | None = None
     name: str | None = None
     """The Node that it registers as."""
     member: str | None = None
@@ -49,6 +53,11 @@ class K3s:
     starts: int = 0
     aside: list[str] = field(default_factory=list)
     """Clusters whose data was moved aside."""
+
+    @property
+    def was_there(self) -> bool:
+        """Whether its cluster, if any, is of before the run, or one that it joined."""
+        return self.origin is None or self.origin_node == EARLIER
 
 
 @dataclass(slots=True, eq=False)
@@ -111,14 +120,17 @@ class Computer:
     def facts(self) -> Facts:
         """What root would find."""
         server = self.k3s.store in (Datastore.ETCD, Datastore.SQLITE)
+        has_data = self.k3s.store is not Datastore.NONE
         return Facts(
             datastore=self.k3s.store,
             origin=self.k3s.origin,
             origin_generation=self.k3s.origin_generation,
+            origin_node=self.k3s.origin_node,
             ca_hash=self.k3s.cluster if server else None,
             fsync_ms=self.plan.fsync_ms,
             shared_flags=self.plan.shared_flags,
             node_name=self.k3s.name if server and not self.k3s.labelled else None,
+            told_name=self.k3s.name if has_data and self.k3s.labelled else None,
         )
 
     def probe(self) -> K3sState:

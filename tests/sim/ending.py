@@ -142,7 +142,7 @@ def site_excuse(world: World, running: list[Computer]) -> str | None:
         if sum(m.k3s.member in members for m in alive) < majority(len(members)):
             return "etcd has lost its quorum"
         return None
-    clusters = {m.k3s.cluster for m in running if m.k3s.cluster and m.k3s.origin is None}
+    clusters = {m.k3s.cluster for m in running if m.k3s.cluster and m.k3s.was_there}
     if len(clusters) > 1:
         return "two clusters"
     nodes = max((m.node.nodes for m in running if m.node), default=0)
@@ -240,7 +240,7 @@ def _clusters(world: World, m: Computer, found: re.Match[str]) -> bool:
 
 
 def _owner(world: World, m: Computer, found: re.Match[str]) -> bool:
-    return any(c.k3s.cluster and c.k3s.origin is None for c in world.computers if c.node)
+    return any(c.k3s.cluster and c.k3s.was_there for c in world.computers if c.node)
 
 
 def _hopeless(world: World, m: Computer, found: re.Match[str]) -> bool:

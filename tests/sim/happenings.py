@@ -126,7 +126,8 @@ def _late(world: World, what: Happening) -> bool:
     """Machines are added to a site that is there."""
     if not _is_sealed(world):
         return False
-    plan = replace(world.plan.machines[0], store=Datastore.NONE, cluster=None, role=Role.AUTO)
+    first = world.plan.machines[0]
+    plan = replace(first, store=Datastore.NONE, cluster=None, origin=None, role=Role.AUTO)
     for _ in range(what.amount):
         world.power_on(world.add(plan))
     return True

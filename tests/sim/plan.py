@@ -33,6 +33,8 @@ class MachinePlan:
     store: Datastore = Datastore.NONE
     cluster: str | None = None
     """The cluster that was on its disk before the site."""
+    origin: int | None = None
+    """The epoch in which an earlier identity of the machine made it, where one did."""
     shared_flags: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -291,7 +293,9 @@ def _with_trait(plan: Plan, trait: Fault, chance: random.Random) -> Plan:
         case Fault.SQLITE:
             changes = {"store": Datastore.SQLITE, "cluster": "5" * 64}
         case Fault.ETCD:
+            # By the seed, without a throw: the other dice of a seed that is known stay as they are.
             changes = {"store": Datastore.ETCD, "cluster": "e" * 64}
+            changes["origin"] = (None, 0, 1)[plan.seed % 3]
         case Fault.TWO_CLUSTERS:
             changes = {"store": Datastore.ETCD, "cluster": "e" * 64}
             if another != number:

@@ -193,7 +193,7 @@ class Promise:
         if not isinstance(value, Nominate) or m.id == value.init:
             return
         init = next((c for c in self.world.computers if c.id == value.init), None)
-        there = m.k3s.cluster if m.k3s.origin is None else None
+        there = m.k3s.cluster if m.k3s.was_there else None
         self._must(
             there is None or (init is not None and init.k3s.cluster == there),
             "what is on the disk wins",

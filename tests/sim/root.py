@@ -20,7 +20,7 @@ from k3sagentd.core.k3s import (
     Result,
     ServerOrAgent,
 )
-from k3sagentd.core.words import NodePhase
+from k3sagentd.core.words import NodeId, NodePhase
 from tests.sim import cluster
 from tests.sim.computer import Computer
 from tests.sim.dice import Fault
@@ -128,12 +128,13 @@ def _init(world: World, m: Computer, order: Order) -> Verdict:
         return hopeless
     if k3s.store is Datastore.AGENT:
         return Outcome.FAILED_FOR_GOOD, "the data of an agent"
-    if k3s.origin is not None and (k3s.origin_generation, k3s.origin) != _epoch(order):
+    if k3s.origin_node == order.node and (k3s.origin_generation, k3s.origin) != _epoch(order):
         return Outcome.FAILED_FOR_GOOD, f"data of epoch {k3s.origin}"
     world.promise.starts_k3s(m, order)
     k3s.role, k3s.joining = ServerOrAgent.SERVER, None
     if k3s.store is Datastore.NONE:
         k3s.origin_generation, k3s.origin = _epoch(order)
+        k3s.origin_node = NodeId(order.node)
         k3s.name, k3s.labelled = order.node_name, True
         _found(world, m)
     _convert(world, m)
@@ -222,7 +223,7 @@ def _put_removed_aside(m: Computer) -> None:
 def _empty(m: Computer) -> None:
     k3s = m.k3s
     k3s.store, k3s.cluster, k3s.member, k3s.joining = Datastore.NONE, None, None, None
-    k3s.origin, k3s.origin_generation = None, 0
+    k3s.origin, k3s.origin_generation, k3s.origin_node = None, 0, None
 
 
 def _serves(world: World, m: Computer, url: str, ca_hash: str | None) -> bool:
@@ -239,9 +240,10 @@ def _serves(world: World, m: Computer, url: str, ca_hash: str | None) -> bool:
 
 def _stand_down(world: World, m: Computer, order: Order) -> Verdict:
     k3s = m.k3s
-    if k3s.origin is not None and (k3s.origin_generation, k3s.origin) != _epoch(order):
+    own = k3s.origin_node == order.node
+    if own and (k3s.origin_generation, k3s.origin) != _epoch(order):
         return Outcome.FAILED_FOR_GOOD, f"data of epoch {k3s.origin}"
-    if k3s.origin is None and k3s.store is not Datastore.NONE:
+    if not own and k3s.store is not Datastore.NONE:
         return DONE  # it was there before the site and stays as it is
     k3s.running = k3s.ready = k3s.enabled = False
     if k3s.cluster is not None:

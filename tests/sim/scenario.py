@@ -325,6 +325,7 @@ class Wire:
                 datastore=Datastore.ETCD,
                 origin=epoch,
                 origin_generation=m.node.durable.started_generation,
+                origin_node=m.id,
                 ca_hash=ca_hash,
             )
             self._feed(m, FactsRead(now_s=self.now_s, facts=m.facts))

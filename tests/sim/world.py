@@ -36,7 +36,7 @@ from k3sagentd.core.k3s import Datastore
 from k3sagentd.core.state import Site
 from k3sagentd.core.words import NodeId, NodePhase
 from tests.sim import cluster, root
-from tests.sim.computer import Computer, K3s
+from tests.sim.computer import EARLIER, Computer, K3s
 from tests.sim.dice import Dice, Fault
 from tests.sim.disk import WRITE_ATOMICALLY, Disk
 from tests.sim.network import Network
@@ -153,6 +153,8 @@ class World:
     def _was_there(self, m: Computer, ca_hash: str) -> None:
         """A cluster that somebody else started, on one machine."""
         m.k3s.name, m.k3s.labelled = m.name, False
+        if m.plan.origin is not None:
+            m.k3s.origin, m.k3s.origin_node = m.plan.origin, EARLIER
         found = cluster.of(self, ca_hash)
         if m.k3s.store is Datastore.ETCD:
             m.k3s.member = f"{m.name}/before"

@@ -21,7 +21,8 @@ TOKEN = hashlib.sha256(b"t").hexdigest()
 CA = b"of the site"
 HASH = hashlib.sha256(CA).hexdigest()
 ONE, TWO = "https://10.0.0.1:6443", "https://10.0.0.2:6443"
-INIT = Order(action=Action.INIT, epoch=0, role=SERVER, node_name="n1")
+NODE = "0123456789abcdef"
+INIT = Order(action=Action.INIT, epoch=0, role=SERVER, node_name="n1", node=NODE)
 JOIN = replace(INIT, action=Action.JOIN, servers=(ONE, TWO), ca_hash=HASH)
 JOIN_AGENT = replace(JOIN, role=AGENT)
 WAL, STATE = "server/db/etcd/member/wal", "server/db/state.db"

@@ -22,6 +22,7 @@ from tests.unit.rooted import (
     INIT,
     JOIN,
     JOIN_AGENT,
+    NODE,
     ONE,
     SERVER,
     TOKEN,
@@ -171,16 +172,18 @@ def test_nodes_say_which_machine_they_are(m: Machine, order: Order) -> None:
 @pytest.mark.parametrize("made", [{"epoch": 1}, {"epoch": 0, "generation": 1}])
 def test_data_of_another_epoch_or_generation_is_not_begun_again(m: Machine, made: dict) -> None:
     m.put(*AS_SERVER, WAL)
-    (m.paths.k3s_data / MARKER).write_text(json.dumps(made))
+    (m.paths.k3s_data / MARKER).write_text(json.dumps({**made, "node": NODE}))
     m.ours(SERVER)
     m.refuses(INIT, "this is epoch 0; move it aside")
     found = facts.collect(m.paths, load_config(m.paths))
     assert (found.origin, found.origin_generation) == (made["epoch"], made.get("generation", 0))
+    assert found.origin_node == NODE
 
 
-def test_a_new_cluster_is_marked_with_its_generation(m: Machine) -> None:
+def test_a_new_cluster_is_marked_with_its_generation_and_its_node(m: Machine) -> None:
     m.does(replace(INIT, generation=2), "install server", "start server")
-    assert json.loads((m.paths.k3s_data / MARKER).read_text()) == {"epoch": 0, "generation": 2}
+    marked = json.loads((m.paths.k3s_data / MARKER).read_text())
+    assert marked == {"epoch": 0, "generation": 2, "node": NODE}
 
 
 def test_a_wrong_configuration_of_k3s_does_not_stop_the_facts(m: Machine) -> None:

@@ -25,7 +25,8 @@ from k3sagentd.paths import Paths
 from k3sagentd.yaml_files import merge
 
 AT = Attachment("eth0", 2, "10.0.0.7")
-INIT = Order(action=Action.INIT, epoch=0, role=ServerOrAgent.SERVER, node_name="n1")
+NODE = "0123456789abcdef"
+INIT = Order(action=Action.INIT, epoch=0, role=ServerOrAgent.SERVER, node_name="n1", node=NODE)
 JOIN = Order(
     action=Action.JOIN,
     epoch=0,
@@ -69,6 +70,7 @@ def test_the_first_server_is_told_to_found(paths: Paths) -> None:
         "flannel-iface": "eth0",
         "tls-san": ["k3s.lan", "10.0.0.7"],
         "cluster-cidr": "10.1.0.0/16",
+        "node-label": [f"k3sagentd/node-id={NODE}"],
     }
     dropin.check(INIT, None, paths)
 
@@ -221,7 +223,9 @@ def data(paths: Paths, epoch: int | None) -> Path:
     wal = paths.k3s_data / "server/db/etcd/member/wal"
     wal.mkdir(parents=True)
     if epoch is not None:
-        (paths.k3s_data / MARKER).write_text(json.dumps({"epoch": epoch}))
+        (paths.k3s_data / MARKER).write_text(json.dumps({"epoch": epoch, "node": NODE}))
+    paths.installed.parent.mkdir(parents=True, exist_ok=True)
+    paths.installed.touch()
     return wal
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from k3sagentd.core.k3s import Action, Datastore
-from k3sagentd.k3s import change_role, data, forget, mounts
+from k3sagentd.k3s import change_role, data, dropin, forget, mounts
 from k3sagentd.k3s.data import Marker, datastore, has_content, put_aside, read_marker, write_marker
 from tests.unit.rooted import (
     AGENT,
@@ -21,6 +21,7 @@ from tests.unit.rooted import (
     INIT,
     JOIN,
     JOIN_AGENT,
+    NODE,
     SERVER,
     STATE,
     TOKEN,
@@ -76,8 +77,9 @@ def mount(m: Machine, monkeypatch: pytest.MonkeyPatch) -> Mount:
 def abandoned(m: Machine, *data: str) -> None:
     """What an init order of epoch 2 made."""
     m.put(*data, *MORE)
-    write_marker(m.paths.k3s_data, Marker(epoch=2))
-    m.ours(SERVER, token="t")
+    write_marker(m.paths.k3s_data, Marker(epoch=2, node=NODE))
+    m.ours(SERVER)
+    m.paths.dropin.write_bytes(dropin.render({"cluster-init": True}))
 
 
 def files(m: Machine) -> set[str]:
@@ -193,7 +195,7 @@ def test_there_and_back(m: Machine, mount: Mount, layout: tuple) -> None:
     assert "agent/client-kubelet.crt" not in files(m)
     m.put(*AS_SERVER, WAL)
     (m.paths.k3s_data / "server/token").write_text(f"K10{'a' * 64}::server:{TOKEN}\n")
-    write_marker(m.paths.k3s_data, Marker(epoch=0))
+    write_marker(m.paths.k3s_data, Marker(epoch=0, node=NODE))
     m.k3s.role = SERVER
     m.does(JOIN_AGENT, "install agent", "stop", "start agent")
     assert datastore(m.paths.k3s_data) is Datastore.NONE
