@@ -46,8 +46,15 @@ def install(work: Work) -> None:
 
 
 def check_may_start(work: Work) -> None:
-    """Raise MachineError for an INIT of a removed member: it would found a cluster of its own."""
+    """Raise MachineError for an INIT of a removed member, or of one whose data is not there: it
+    would found a cluster of its own."""
     data = work.paths.k3s_data
+    sealed = work.order.action is Action.INIT and work.order.ca_hash is not None
+    if sealed and datastore(data) not in (Datastore.ETCD, Datastore.SQLITE):
+        raise MachineError(
+            f"this server's cluster exists, and its data is not in {data / ETCD}: mount its disk; "
+            "where it is gone for good: «The only server is gone» in docs/operations.md"
+        )
     if work.order.action is Action.INIT and is_removed(data):
         raise MachineError(
             f"this server was removed from its cluster ({data} has a tombstone); it waits for one "
@@ -98,6 +105,7 @@ def _make(
     data.mkdir(parents=True, exist_ok=True)
     if order.action is Action.INIT and datastore(data) is Datastore.NONE:
         write_marker(data, asked_for(work))
+        paths.served.unlink(missing_ok=True)  # this word founds a cluster, whatever was here before
     _write(work, given, server, names)
     yield "check what K3s will read"
     dropin.check(order, server, paths, agent_token=given.agent_token is not None)

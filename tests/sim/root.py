@@ -132,6 +132,8 @@ def _init(world: World, m: Computer, order: Order) -> Verdict:
         return Outcome.FAILED_FOR_GOOD, "the data of an agent"
     if k3s.origin is not None and (k3s.origin_generation, k3s.origin) != _epoch(order):
         return Outcome.FAILED_FOR_GOOD, f"data of epoch {k3s.origin}"
+    if order.ca_hash is not None and k3s.store is Datastore.NONE:
+        return Outcome.FAILED, "its data is not there"
     if k3s.tombstone:
         return Outcome.FAILED, "this server was removed from its cluster"
     world.promise.starts_k3s(m, order)

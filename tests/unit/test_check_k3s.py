@@ -4,15 +4,17 @@
 import os
 import re
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from k3sagentd.core.k3s import Outcome
 from k3sagentd.k3s import dropin, supervise
-from tests.unit.rooted import AS_SERVER, WAL, Machine
+from tests.unit.rooted import AS_SERVER, HASH, INIT, ONE, SERVER, STATE, WAL, Machine
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "systemd/check-k3s"
+SCRIPT, AFTER = ROOT / "systemd/check-k3s", ROOT / "systemd/after-k3s"
 TOMBSTONE = "server/db/etcd/tombstone"
 
 
@@ -70,10 +72,103 @@ def test_the_lab_does_not_start_it_either(
     assert len(found) == starts
 
 
-def test_the_unit_runs_what_the_package_has_and_heeds_it() -> None:
-    conf = (ROOT / "systemd/k3s.service.d/51-k3sagentd-removed.conf").read_text()
-    (command,) = re.findall(r"^ExecStartPre=(/.+) %n$", conf, re.MULTILINE)
+# --- data that is not there -----------------------------------------------------------------
+
+
+def after(m: Machine) -> None:
+    """K3s is ready."""
+    subprocess.run([AFTER, m.paths.root], check=True)
+
+
+def unmount(m: Machine) -> None:
+    """CA and token are on the card, etcd is on a disk that does not come."""
+    (m.paths.k3s_data / "server/db/etcd").rename(m.paths.root / "disk")
+
+
+@pytest.fixture
+def only(m: Machine) -> Machine:
+    """The only server of its cluster, which is told ``cluster-init`` at each start."""
+    m.does(INIT, "install server", "start server")
+    m.put(*AS_SERVER, WAL)
+    return m
+
+
+def test_an_only_server_without_its_disk_does_not_start(only: Machine) -> None:
+    """It would be a new and empty etcd under the CA and token that are still there."""
+    after(only)
+    assert check(only) is None
+    unmount(only)
+    assert "etcd is not there any more: mount its disk" in str(check(only))
+    (only.paths.root / "disk").rename(only.paths.k3s_data / "server/db/etcd")
+    assert check(only) is None
+
+
+def test_a_first_start_that_was_cut_off_begins_again(only: Machine) -> None:
+    unmount(only)
+    after(only)
+    assert not only.paths.served.exists()
+    assert check(only) is None
+
+
+def test_sqlite_that_is_there_is_converted(only: Machine) -> None:
+    after(only)
+    unmount(only)
+    only.put(STATE)
+    assert check(only) is None
+
+
+def test_who_is_told_of_others_joins_them(only: Machine) -> None:
+    after(only)
+    unmount(only)
+    only.paths.dropin.write_bytes(dropin.render({"server": ONE}))
+    assert check(only) is None
+
+
+def test_what_was_ready_before_is_noted_and_forgotten_when_a_cluster_is_founded(
+    only: Machine,
+) -> None:
+    after(only)
+    after(only)
+    assert only.paths.served.stat().st_size == 0
+    only.paths.k3s_data.rename(only.paths.root / "aside")
+    only.k3s.role = None
+    only.does(INIT, "install server", "start server")
+    assert not only.paths.served.exists()
+    assert check(only) is None
+
+
+def test_k3s_that_is_not_ours_is_not_noted(m: Machine) -> None:
+    m.put(*AS_SERVER, WAL)
+    after(m)
+    assert not m.paths.served.exists()
+
+
+@pytest.mark.parametrize("left", [(), AS_SERVER])
+def test_an_order_does_not_found_what_was_sealed_again(m: Machine, left: tuple[str, ...]) -> None:
+    m.put(*left)
+    m.ours(SERVER)
+    before = m.files()
+    result = m.apply(replace(INIT, ca_hash=HASH))
+    assert result.outcome is Outcome.FAILED
+    assert "its data is not in" in str(result.reason)
+    assert (m.files(), m.k3s.did) == (before, [])
+
+
+# --- the package ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("drop_in", "line", "script"),
+    [
+        ("51-k3sagentd-removed.conf", r"^ExecStartPre=(/.+) %n$", SCRIPT),
+        ("54-k3sagentd-served.conf", r"^ExecStartPost=-(/.+)$", AFTER),
+    ],
+)
+def test_the_unit_runs_what_the_package_has(drop_in: str, line: str, script: Path) -> None:
+    """A check that fails is heeded, a note that cannot be made is not."""
+    conf = (ROOT / "systemd/k3s.service.d" / drop_in).read_text()
+    (command,) = re.findall(line, conf, re.MULTILINE)
     installed = (ROOT / "debian/k3sagentd.install").read_text().splitlines()
-    assert f"systemd/check-k3s {str(Path(command).parent).lstrip('/')}" in installed
-    assert Path(command).name == SCRIPT.name
-    assert os.access(SCRIPT, os.X_OK)
+    assert f"systemd/{script.name} {str(Path(command).parent).lstrip('/')}" in installed
+    assert Path(command).name == script.name
+    assert os.access(script, os.X_OK)

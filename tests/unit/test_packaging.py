@@ -166,7 +166,8 @@ def test_unit_and_commands_know_a_configuration_as_the_loader_does(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    "unit", ["k3s.service.d/53-k3sagentd-mounted.conf", "k3sagentd.service", "k3sagentd-apply.service"]
+    "unit",
+    ["k3s.service.d/53-k3sagentd-mounted.conf", "k3sagentd.service", "k3sagentd-apply.service"],
 )
 def test_nothing_looks_for_k3s_data_before_its_disk_is_mounted(unit: str) -> None:
     text = (ROOT / "systemd" / unit).read_text()
