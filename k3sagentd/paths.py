@@ -132,6 +132,12 @@ class Paths:
         return self.root_state / "converting"
 
     @property
+    def served(self) -> Path:
+        """There once K3s was ready here as a member of etcd that we set up (systemd/after-k3s):
+        without its data it founds no other cluster."""
+        return self.root_state / "served"
+
+    @property
     def restart(self) -> Path:
         """There from a change of K3s's configuration to the restart that it needs."""
         return self.root_run / "restart"

@@ -44,7 +44,8 @@ def is_adopted(node: Node) -> bool:
 
 def has_etcd(node: Node) -> bool:
     """Whether there is a member's data on this machine."""
-    return node.facts is not None and node.facts.datastore is Datastore.ETCD
+    facts = node.facts
+    return facts is not None and facts.datastore is Datastore.ETCD and not facts.removed
 
 
 def has_moved(node: Node) -> bool:

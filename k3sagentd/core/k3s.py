@@ -51,6 +51,8 @@ class Facts:
     node_ip: str | None = None
     """With etcd data: the address that K3s is configured with, by which etcd knows this member.
     None where K3s takes what it finds at each start, and while a command changes it."""
+    removed: bool = False
+    """Its etcd data is of a member that etcd has removed, of a K3s that was there before us."""
     unfinished: str | None = None
     """The operator's command that was begun on this machine and has not ended, if any."""
 

@@ -72,6 +72,7 @@ def members(node: Node) -> tuple[NodeId, ...]:
         for h in node.kin
         if h.datastore is Datastore.ETCD
         and h.existing == _ca_hash(node)
+        and h.member
         and (unwritten or h.adopted)
     ]
     if has_etcd(node) and k3s_role(node) is ServerOrAgent.SERVER:

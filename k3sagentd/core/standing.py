@@ -66,8 +66,8 @@ def is_other_role(node: Node) -> bool:
     begun.
     """
     role, facts, order = k3s_role(node), node.facts, node.drive.order
-    if role is None or facts is None or node.seal is None:
-        return False
+    if role is None or facts is None or node.seal is None or facts.removed:
+        return False  # what etcd has removed is a server no more, and not ours to change
     made = order is not None and order.action in (Action.INIT, Action.JOIN)
     if order is not None and made and node.drive.outcome in (Outcome.DONE, Outcome.RUNNING):
         return order.role is not role

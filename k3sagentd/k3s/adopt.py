@@ -19,11 +19,11 @@ from typing import Any
 from k3sagentd.core.k3s import Action, Datastore, ServerOrAgent
 from k3sagentd.errors import ConfigError, HopelessError
 from k3sagentd.files import read_bounded
-from k3sagentd.k3s import credentials, dropin, flags
+from k3sagentd.k3s import credentials, dropin, facts, flags
 from k3sagentd.k3s.convert import begin as begin_conversion
 from k3sagentd.k3s.convert import check as check_conversion
 from k3sagentd.k3s.convert import convert
-from k3sagentd.k3s.data import datastore, write
+from k3sagentd.k3s.data import datastore, is_removed, write
 from k3sagentd.k3s.ownership import answers
 from k3sagentd.k3s.servers import find
 from k3sagentd.k3s.settings import told
@@ -40,6 +40,7 @@ def adopt(work: Work) -> Iterator[str]:
     """INIT, PREPARE or JOIN on a machine whose K3s is adopted; its data allows the order."""
     yield "compare K3s's token with the site's"
     check_token(work)
+    check_not_removed(work)  # again: K3s may have learned of it since
     if work.order.action in (Action.PREPARE, Action.STEP_DOWN):
         return
     store = datastore(work.paths.k3s_data)
@@ -57,6 +58,19 @@ def adopt(work: Work) -> Iterator[str]:
     if not work.install.running() and not answers():
         yield "start K3s as its operator set it up"
         work.install.start(work.order.role, at_boot=False)
+
+
+def check_not_removed(work: Work) -> None:
+    """Raise HopelessError where etcd has removed this server: K3s is not ours to join anew, and by
+    its operator's words alone it might found a second cluster (``data.TOMBSTONE``)."""
+    if not is_removed(work.paths.k3s_data):
+        return
+    facts.write_facts(work.paths)  # the others must not count on it any more
+    raise HopelessError(
+        "etcd removed this server from its cluster, and K3s was here before k3sagentd; run "
+        "k3s-uninstall.sh (it deletes K3s and its data here), then systemctl restart k3sagentd, "
+        "and this machine joins anew"
+    )
 
 
 def _was_converted(work: Work) -> bool:

@@ -16,7 +16,7 @@ from k3sagentd.config import load_config
 from k3sagentd.core.k3s import Action, Datastore, Order, Outcome, Result
 from k3sagentd.errors import ConfigError, HopelessError, K3sagentdError, fault
 from k3sagentd.k3s import change_role, errand, facts, keepalived, order, underway
-from k3sagentd.k3s.adopt import adopt
+from k3sagentd.k3s.adopt import adopt, check_not_removed
 from k3sagentd.k3s.clock import Clock
 from k3sagentd.k3s.data import ca_hash, datastore, read_marker
 from k3sagentd.k3s.forget import forget
@@ -93,6 +93,8 @@ def steps(work: Work) -> Iterator[str]:
         yield from stand_down(work)
         return
     yield "check this machine"
+    if is_adopted(work.paths, work.config):
+        check_not_removed(work)
     if work.order.action is Action.INIT:
         _check_init(work)
     else:

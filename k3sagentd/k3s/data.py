@@ -29,7 +29,7 @@ SQLITE = "server/db/state.db"
 TOMBSTONE = "tombstone"
 """In etcd's directory, once its member was removed (K3s, pkg/etcd/etcd.go). K3s then starts anew:
 by joining, or, where the server that it was told of does not answer, as a cluster of its own under
-the old CA. So where K3s is ours it does not start while that is there."""
+the old CA. So no server starts while that is there (``systemd/check-k3s``)."""
 AGENT = "agent/client-kubelet.crt"
 CA_LIMIT_BYTES = 256 * 1024
 LAST = ("agent", "server", MARKER, "db", "tls", Path(AGENT).name, "server-ca.crt", TOMBSTONE)

@@ -22,7 +22,7 @@ from k3sagentd.errors import ConfigError, DataError, MachineError
 from k3sagentd.files import read_bounded, write_atomically
 from k3sagentd.hardware import Hardware, read_hardware
 from k3sagentd.k3s import dropin, flags, underway
-from k3sagentd.k3s.data import ca_hash, datastore, read_marker
+from k3sagentd.k3s.data import ca_hash, datastore, is_removed, read_marker
 from k3sagentd.k3s.ownership import is_adopted
 from k3sagentd.k3s.settings import configured, node_ip, node_name, told
 from k3sagentd.k3s.underway import Progress
@@ -78,7 +78,7 @@ def collect(paths: Paths, config: Config, fsync_ms: float | None = None) -> Fact
     except ConfigError as error:
         log.warning("%s", error)
         all_told = theirs = {}
-    begun = _begun(paths)
+    begun, adopted = _begun(paths), is_adopted(paths, config)
     address = node_ip(all_told)
     if begun is not None:
         # What etcd knows and what is configured may be two things: the command knows more.
@@ -91,9 +91,10 @@ def collect(paths: Paths, config: Config, fsync_ms: float | None = None) -> Fact
         ca_hash=ca_hash(paths.k3s_data),
         fsync_ms=fsync_ms if fsync_ms is not None else measure_fsync(paths.k3s_data),
         shared_flags=flags.shared({**theirs, **configured(config, theirs)}),
-        node_name=node_name(paths, all_told) if is_adopted(paths, config) else None,
+        node_name=node_name(paths, all_told) if adopted else None,
         told_name=_told_name(paths, store),
         node_ip=address if store is Datastore.ETCD else None,
+        removed=adopted and is_removed(paths.k3s_data),
         unfinished=begun.command if begun is not None else None,
     )
 

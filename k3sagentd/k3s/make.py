@@ -14,7 +14,7 @@ from typing import Any
 from k3sagentd import keys
 from k3sagentd.core.k3s import Action, Datastore, ServerOrAgent
 from k3sagentd.discovery.addresses import attachment
-from k3sagentd.errors import HopelessError, MachineError
+from k3sagentd.errors import MachineError
 from k3sagentd.k3s import credentials, dropin, keepalived
 from k3sagentd.k3s.change_role import change, is_change
 from k3sagentd.k3s.convert import begin as begin_conversion
@@ -56,11 +56,11 @@ def check_may_start(work: Work) -> None:
             f"this server was removed from its cluster ({data} has a tombstone); it waits for one "
             "of the cluster's servers to join it again"
         )
-    if order.ca_hash is not None and datastore(data) is Datastore.NONE:
-        raise HopelessError(
-            f"this server's cluster (CA {order.ca_hash[:12]}) is not in {data}: bring its data "
-            "back (is a disk not mounted?) or power on another of its servers; if it is lost for "
-            "good, k3sagentd cluster-init --force"
+    if order.ca_hash is not None and datastore(data) not in (Datastore.ETCD, Datastore.SQLITE):
+        raise MachineError(
+            f"this server's cluster exists (CA {order.ca_hash[:12]}), and its data is not in "
+            f"{data}: bring it back (is a disk not mounted?), or power on another of its servers; "
+            "if it is lost for good, k3sagentd cluster-init --force"
         )
 
 
@@ -107,6 +107,7 @@ def _make(
     data.mkdir(parents=True, exist_ok=True)
     if order.action is Action.INIT and datastore(data) is Datastore.NONE:
         write_marker(data, asked_for(work))
+        paths.served.unlink(missing_ok=True)  # this word founds a cluster, whatever was here before
     _write(work, given, server, names)
     yield "check what K3s will read"
     dropin.check(order, server, paths, agent_token=given.agent_token is not None)

@@ -92,7 +92,7 @@ def _supervise(paths: Paths, binary: Path, role: str) -> int:
         signal.signal(signal.SIGTERM, _raise_exit)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         while True:
-            if not (is_removed(paths.k3s_data) and paths.dropin.exists()):
+            if role != ServerOrAgent.SERVER or not is_removed(paths.k3s_data):
                 with contextlib.suppress(OSError):
                     incomplete.clear_the_way(paths)
                 _run_once(paths.k3s_log, binary, role)

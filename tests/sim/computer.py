@@ -44,8 +44,12 @@ class K3s:
     """Registered by our configuration; else it was there before us."""
     role: ServerOrAgent = ServerOrAgent.SERVER
     """What its unit starts."""
+    told: bool = False
+    """There is a drop-in of ours: it was installed by us, or converted."""
     joining: str | None = None
-    """The CA of the cluster that it tries to join while it is in none."""
+    """The CA of the cluster that it was told to join while it is in none."""
+    tombstone: bool = False
+    """Its data is of a member that etcd has removed, and it has heard of that."""
     enabled: bool = False
     """Its unit starts it with the machine."""
     running: bool = False
@@ -131,6 +135,7 @@ class Computer:
             shared_flags=self.plan.shared_flags,
             node_name=self.k3s.name if server and not self.k3s.labelled else None,
             told_name=self.k3s.name if has_data and self.k3s.labelled else None,
+            removed=self.k3s.tombstone and not self.k3s.labelled,
         )
 
     def probe(self) -> K3sState:

@@ -106,6 +106,7 @@ def servers_missing(world: World) -> str | None:
         and not m.plan.install_fails_for_good
         and m.plan.shared_flags == seal.shared_flags
         and m.k3s.cluster == seal.ca_hash
+        and (m.k3s.labelled or not m.k3s.tombstone)
         and [c.id for c in world.computers].count(m.id) == 1
     ]
     servers = max(m.plan.servers for m in running)
@@ -179,6 +180,8 @@ def machine_excuse(world: World, m: Computer) -> str | None:
         return None
     if m.plan.shared_flags and seal.shared_flags != m.plan.shared_flags:
         return "a flag that all servers share is another here"
+    if m.k3s.tombstone and not m.k3s.labelled:
+        return "etcd removed it, and its K3s is not ours"
     if m.k3s.cluster not in (None, seal.ca_hash):
         return "it has data of another cluster"
     listed = m.id in m.node.roster.servers and m.k3s.store is not Datastore.ETCD
@@ -260,6 +263,10 @@ def _starting(world: World, m: Computer, found: re.Match[str]) -> bool:
     return not root.probe(world, m).ready
 
 
+def _removed(world: World, m: Computer, found: re.Match[str]) -> bool:
+    return m.k3s.tombstone and not m.k3s.labelled
+
+
 def _flags(world: World, m: Computer, found: re.Match[str]) -> bool:
     return bool(m.plan.shared_flags)
 
@@ -292,6 +299,7 @@ LINES: tuple[tuple[str, Callable[[World, Computer, re.Match[str]], bool]], ...] 
     (r"two clusters under one token|data of another cluster", _clusters),
     (r"(\S+) was forced to start a new cluster, and this machine has data", _clusters),
     (r"the memory cgroup is off|single-node cluster of its own|the data of", _hopeless),
+    (r"etcd removed this server from its cluster", _removed),
     (r"^(.+) to be prepared \(servers join when all are\)", _unprepared),
     (r"no server can be reached|to hand out the registration address", _lost_cluster),
     (r"the Node (\S+) to be given up by K3s, which still hears it", _still_heard),

@@ -115,6 +115,8 @@ def _hopeless(m: Computer, *, join: bool, role: ServerOrAgent | None = None) -> 
     k3s = m.k3s
     if m.plan.install_fails_for_good:
         return Outcome.FAILED_FOR_GOOD, "the memory cgroup is off"
+    if k3s.tombstone and not k3s.labelled:
+        return Outcome.FAILED_FOR_GOOD, "etcd removed this server from its cluster"
     if join and k3s.store is Datastore.SQLITE:
         return Outcome.FAILED_FOR_GOOD, "a single-node cluster of its own"
     if k3s.store is Datastore.ETCD and role is ServerOrAgent.AGENT:
@@ -130,12 +132,16 @@ def _init(world: World, m: Computer, order: Order) -> Verdict:
         return Outcome.FAILED_FOR_GOOD, "the data of an agent"
     if k3s.origin_node == order.node and (k3s.origin_generation, k3s.origin) != _epoch(order):
         return Outcome.FAILED_FOR_GOOD, f"data of epoch {k3s.origin}"
+    if order.ca_hash is not None and k3s.store is Datastore.NONE:
+        return Outcome.FAILED, "its data is not there"
+    if k3s.tombstone:
+        return Outcome.FAILED, "this server was removed from its cluster"
     world.promise.starts_k3s(m, order)
     k3s.role, k3s.joining = ServerOrAgent.SERVER, None
     if k3s.store is Datastore.NONE:
         k3s.origin_generation, k3s.origin = _epoch(order)
         k3s.origin_node = NodeId(order.node)
-        k3s.name, k3s.labelled = order.node_name, True
+        k3s.name, k3s.labelled, k3s.told = order.node_name, True, True
         _found(world, m)
     _convert(world, m)
     _start(world, m)
@@ -167,7 +173,7 @@ def _become_member(world: World, m: Computer) -> None:
 def _convert(world: World, m: Computer) -> None:
     """SQLite becomes etcd and keeps its CA (K3S.md 1)."""
     if m.k3s.store is Datastore.SQLITE:
-        m.k3s.store = Datastore.ETCD
+        m.k3s.store, m.k3s.told = Datastore.ETCD, True
         _become_member(world, m)
 
 
@@ -177,11 +183,11 @@ def _join(world: World, m: Computer, order: Order) -> Verdict:
         return hopeless
     if k3s.cluster not in (None, order.ca_hash):
         return Outcome.FAILED_FOR_GOOD, "the data of another cluster"
-    member = k3s.store in (Datastore.ETCD, Datastore.AGENT)
+    member = k3s.store in (Datastore.ETCD, Datastore.AGENT) and not k3s.tombstone
     if not member and not any(_serves(world, m, url, order.ca_hash) for url in order.servers):
         return Outcome.FAILED, "no server can be reached"
     world.promise.starts_k3s(m, order)
-    if k3s.labelled and k3s.store is Datastore.ETCD and _is_removed(world, m):
+    if k3s.tombstone:
         k3s.running = k3s.ready = False
         _put_removed_aside(m)
     if k3s.store is Datastore.AGENT and order.role is ServerOrAgent.SERVER:
@@ -189,7 +195,9 @@ def _join(world: World, m: Computer, order: Order) -> Verdict:
         k3s.store, k3s.cluster = Datastore.NONE, None
     if k3s.store is Datastore.NONE:
         k3s.role, k3s.name, k3s.labelled = order.role, order.node_name, True
-    k3s.joining = order.ca_hash
+        k3s.told = True
+    if k3s.told:  # to an adopted K3s that was etcd before nothing is said
+        k3s.joining = order.ca_hash
     _start(world, m)
     return DONE
 
@@ -218,12 +226,14 @@ def _step_down(world: World, m: Computer, order: Order) -> Verdict:
 def _put_removed_aside(m: Computer) -> None:
     m.k3s.aside.append(_ca(m))
     m.k3s.store, m.k3s.cluster, m.k3s.member = Datastore.NONE, None, None
+    m.k3s.tombstone = False
 
 
 def _empty(m: Computer) -> None:
     k3s = m.k3s
     k3s.store, k3s.cluster, k3s.member, k3s.joining = Datastore.NONE, None, None, None
     k3s.origin, k3s.origin_generation, k3s.origin_node = None, 0, None
+    k3s.tombstone = False
 
 
 def _serves(world: World, m: Computer, url: str, ca_hash: str | None) -> bool:
@@ -260,7 +270,9 @@ def _start(world: World, m: Computer) -> None:
 
 
 def begin_to_run(world: World, m: Computer) -> None:
-    """K3s's unit starts; it is ready a while later."""
+    """K3s's unit starts; it is ready a while later. With a tombstone it does not start."""
+    if m.k3s.tombstone:
+        return  # check-k3s: it might found another cluster
     m.k3s.running, m.k3s.ready = True, False
     m.k3s.starts += 1
     start_s = m.plan.k3s_start_s * (0.5 + world.dice.uniform(4, m.number, m.k3s.starts))
@@ -278,13 +290,9 @@ def _becomes_ready(world: World, m: Computer, power: int, starts: int) -> None:
     if m.power != power or not k3s.running or k3s.starts != starts:
         return
     if k3s.store is Datastore.ETCD and _is_removed(world, m):
-        # Removed from the member list: its tombstone moves the data aside and it starts anew.
-        if k3s.labelled:
-            dies(world, m)  # 51-k3sagentd-removed.conf: it might found another cluster
-            return
-        _put_removed_aside(m)
-        if k3s.joining is None:
-            _found(world, m)
+        k3s.tombstone = True
+        dies(world, m)
+        return
     if k3s.store is Datastore.NONE and not _enter(world, m):
         dies(world, m)
         return

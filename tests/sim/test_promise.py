@@ -240,3 +240,30 @@ def test_seed_355_who_cannot_vote_is_named() -> None:
     happenings.schedule(world)
     world.run(100)
     assert "1 of 3 machines here may vote, 2 must agree; not " in line(world, 2)
+
+
+@pytest.mark.parametrize("store", [Datastore.ETCD, Datastore.SQLITE])
+def test_an_adopted_server_that_was_replaced_founds_nothing_when_it_is_back(
+    store: Datastore,
+) -> None:
+    """Its operator's ``cluster-init`` would make a second cluster under the same CA."""
+    world = site(4, (0, {"store": store, "cluster": "e" * 64}), replace_after_s=60.0, settle_s=30.0)
+    adopted, *others = world.computers
+    until(world, lambda: world.complete)
+    world.run(world.now_s + 60)
+    members = world.clusters["e" * 64].members
+    assert len(members) == 3
+    assert adopted.k3s.member in members
+    world.power_off(adopted)
+    world.run(world.now_s + 300)
+    replaced = set(members)
+    assert len(replaced) == 3
+    assert adopted.k3s.member not in replaced
+    world.power_on(adopted)
+    world.run(world.now_s + 900)
+    assert not adopted.k3s.running
+    assert "etcd removed this server from its cluster" in line(world, 0)
+    # And nobody waits for it, or makes room for it.
+    assert members == replaced
+    assert all(m.node and m.node.phase is NodePhase.READY for m in others)
+    assert not world.promise.founded

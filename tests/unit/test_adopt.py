@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from k3sagentd.config import load_config
-from k3sagentd.core.k3s import Action, Datastore, Order
-from k3sagentd.k3s import convert, ownership
+from k3sagentd.core.k3s import Action, Datastore, Order, Outcome
+from k3sagentd.k3s import adopt, convert, dropin, facts, ownership
 from k3sagentd.k3s.data import datastore
+from k3sagentd.k3s.work import Work
 from tests.unit.rooted import (
     AGENT,
     AS_AGENT,
@@ -197,3 +198,42 @@ def test_k3s_that_nobody_could_restart_is_not_stopped(
     m.k3s.role = None
     monkeypatch.setattr(convert, "answers", lambda: True)
     m.refuses(INIT, "K3s runs here, but not as a service")
+
+
+# --- removed from etcd ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", [INIT, replace(INIT, ca_hash=HASH), JOIN, JOIN_AGENT])
+@pytest.mark.parametrize("converted", [True, False])
+def test_an_adopted_server_that_etcd_removed_is_never_started(
+    m: Machine, order: Order, converted: bool
+) -> None:
+    """It would found a second cluster under the same CA, by its operator's ``cluster-init``."""
+    m.put(*AS_SERVER, WAL, "server/db/etcd/tombstone")
+    (m.paths.k3s_data / "server/token").write_text(f"K10{HASH}::server:{TOKEN}\n")
+    if converted:
+        m.paths.dropin.write_bytes(dropin.render({"cluster-init": True}))
+    m.refuses(order, "etcd removed this server from its cluster")
+    found = facts.read_facts(m.paths)
+    assert found is not None
+    assert found.facts.removed, "nobody may count on it any more"
+
+
+def test_an_adopted_server_that_learns_of_its_removal_meanwhile_is_not_started(
+    m: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    m.put(*AS_SERVER, WAL)
+
+    def learns(work: Work) -> None:
+        m.put("server/db/etcd/tombstone")
+
+    monkeypatch.setattr(adopt, "check_token", learns)
+    assert m.apply(JOIN).outcome is Outcome.FAILED_FOR_GOOD
+    assert not m.k3s.did
+
+
+def test_a_server_of_ours_that_etcd_removed_says_nothing_of_the_kind(m: Machine) -> None:
+    """It is joined anew by an order like any other."""
+    m.put(*AS_SERVER, WAL, "server/db/etcd/tombstone")
+    m.ours(SERVER)
+    assert not facts.collect(m.paths, load_config(m.paths)).removed

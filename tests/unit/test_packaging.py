@@ -19,6 +19,7 @@ from k3sagentd.cli.ask import why_silent
 from k3sagentd.cli.main import parser
 from k3sagentd.config import INSTALL_SETTINGS, PREFLIGHT, SETTINGS, load_config
 from k3sagentd.errors import ConfigError
+from k3sagentd.k3s.data import ETCD
 from k3sagentd.paths import Paths
 from k3sagentd.site_token import create
 from k3sagentd.version import version
@@ -162,6 +163,17 @@ def test_unit_and_commands_know_a_configuration_as_the_loader_does(tmp_path: Pat
         dropin.write_text("nodes: 3\n")
         assert why_silent(paths) is None
         assert load_config(paths).nodes == 3
+
+
+@pytest.mark.parametrize(
+    "unit",
+    ["k3s.service.d/53-k3sagentd-mounted.conf", "k3sagentd.service", "k3sagentd-apply.service"],
+)
+def test_nothing_looks_for_k3s_data_before_its_disk_is_mounted(unit: str) -> None:
+    text = (ROOT / "systemd" / unit).read_text()
+    (section,) = re.findall(r"^\[Unit\]\n(.*?)(?=^\[|\Z)", text, re.MULTILINE | re.DOTALL)
+    (directory,) = re.findall(r"^RequiresMountsFor=(.+)$", section, re.MULTILINE)
+    assert Path(directory) == Paths().k3s_data / ETCD
 
 
 def test_the_version_is_the_packages() -> None:
