@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from k3sagentd.core import names
+from k3sagentd.core.k3s import Datastore
 from k3sagentd.core.messages import LeaveAnswer, LeaveRequest, LeaveStep
 from k3sagentd.core.registration import spread
 from k3sagentd.core.state import Leaving, Node
@@ -43,10 +44,14 @@ def run(turn: Turn) -> None:
     node, leaving = turn.node, turn.node.leaving
     if leaving is None or leaving.done or leaving.refused:
         return
-    if node.seal is None or node.durable.node_name is None:
+    if _never_came_in(node):
         turn.set(leaving=replace(leaving, done=True))
         return
     if turn.now_s < leaving.asked_s + ASK_S:
+        return
+    if node.seal is None:
+        told = "a peer that knows the site's cluster: this machine does not any more"
+        turn.set(leaving=replace(leaving, asked_s=turn.now_s, told=told))
         return
     servers = [hello.node for hello in node.kin if hello.server_url]
     if not servers:
@@ -60,6 +65,13 @@ def run(turn: Turn) -> None:
     peer = leaving.asked if leaving.asked in order else order[0]
     turn.set(leaving=replace(leaving, asked_s=turn.now_s, asked=peer))
     turn.send(peer, LeaveRequest(step=leaving.step, node_name=names.keep(turn)))
+
+
+def _never_came_in(node: Node) -> bool:
+    """Whether this machine is in no cluster; one that lost its log may be in one."""
+    blank = node.facts is not None and node.facts.datastore is Datastore.NONE
+    knows = node.seal is not None and node.durable.node_name is not None
+    return blank and not knows and not node.k3s.running and not node.k3s.ready
 
 
 def on_answer(turn: Turn, sender: NodeId, message: LeaveAnswer) -> None:

@@ -12,10 +12,10 @@ from k3sagentd import site_token
 from k3sagentd.config import Config
 from k3sagentd.core.k3s import Datastore
 from k3sagentd.errors import MachineError, TimedOutError, UnavailableError
-from k3sagentd.files import fsync_directory, write_atomically
+from k3sagentd.files import write_atomically
 from k3sagentd.k3s import dropin
 from k3sagentd.k3s.ca import hash_of_cacerts
-from k3sagentd.k3s.data import datastore
+from k3sagentd.k3s.data import ETCD, datastore, has_content, put_aside
 from k3sagentd.k3s.install import run
 from k3sagentd.k3s.kube import ConflictError, Kube
 from k3sagentd.k3s.quorum import removal_trouble
@@ -51,14 +51,9 @@ def remove(paths: Paths, progress: Progress) -> None:
 
 
 def move_aside(paths: Paths) -> None:
-    etcd = paths.k3s_data / "server/db/etcd"
-    if not etcd.exists():
-        return
-    number, aside = 2, etcd.with_name(ASIDE)
-    while aside.exists():
-        aside, number = etcd.with_name(f"{ASIDE}-{number}"), number + 1
-    etcd.rename(aside)
-    fsync_directory(etcd.parent)
+    """On a disk of its own it cannot be renamed: see ``put_aside``."""
+    if has_content(paths.k3s_data / ETCD):
+        put_aside(paths.k3s_data / ETCD, ASIDE)
 
 
 def write(paths: Paths, config: Config, progress: Progress) -> None:

@@ -393,3 +393,15 @@ def test_k3s_that_its_unit_started_holds_data() -> None:
     assert not guards.holds_data(node_of(wire, "d"))
     feed(wire, "d", K3sState(running=True, ready=True, detail="ready"))
     assert guards.holds_data(node_of(wire, "d"))
+
+
+def test_who_has_data_does_not_leave_unasked_because_its_log_is_lost() -> None:
+    wire = play("site a b c nodes=3\ndisk a etcd " + CA + "\non a\nleave a stop\ngo 60s")
+    leaving = node_of(wire, "a").leaving
+    assert leaving is not None
+    assert not leaving.done
+    assert str(leaving.told).startswith("a peer that knows the site's cluster")
+    wire = play("site a b c nodes=3\non a\nleave a stop\ngo 5s")
+    leaving = node_of(wire, "a").leaving
+    assert leaving is not None
+    assert leaving.done, "it has nothing to leave"

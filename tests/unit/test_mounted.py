@@ -14,6 +14,7 @@ import pytest
 from k3sagentd.core.k3s import Action, Datastore
 from k3sagentd.k3s import change_role, data, dropin, forget, mounts
 from k3sagentd.k3s.data import Marker, datastore, has_content, put_aside, read_marker, write_marker
+from k3sagentd.upkeep import repair_steps
 from tests.unit.rooted import (
     AGENT,
     AS_AGENT,
@@ -88,6 +89,18 @@ def files(m: Machine) -> set[str]:
 
 
 LAYOUTS = [(".",), ("server", "agent"), ("server/db",), (".", "server/db/etcd"), ("agent",)]
+
+
+@pytest.mark.parametrize("layout", [("server/db/etcd",), ("server/db",), ()], ids=" ".join)
+def test_repair_moves_etcd_aside(m: Machine, mount: Mount, layout: tuple) -> None:
+    m.put(*AS_SERVER, WAL)
+    mount(*layout)
+    before = len(files(m))
+    for _ in range(2):  # again after a kill
+        repair_steps.move_aside(m.paths)
+        assert datastore(m.paths.k3s_data) is not Datastore.ETCD
+    assert len(files(m)) == before
+    assert len([*m.paths.k3s_data.rglob("etcd.before-repair/member/wal")]) == 1
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=" ".join)
