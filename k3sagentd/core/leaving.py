@@ -2,7 +2,7 @@
 """How a node leaves the cluster: it asks a ready server to drain it, then to delete its Node.
 
 What happens on the machine between the two steps (K3s is stopped) is the command's
-(``k3sagentd leave``); who may leave is the server's to say (``steward.refusal``). A server that
+(``k3sagentd leave``); who may leave is the server's to say (``staying.refusal``). A server that
 becomes an agent asks only whether it may stop. It stops before its member is removed: what K3s does
 with a member that was removed while it ran is to start anew, and not in every release by joining.
 """

@@ -8,11 +8,11 @@ decided on an older one fails. Nothing is looked at while there is nothing to do
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from k3sagentd.core import paxos, ranking, roster
+from k3sagentd.core import ranking, roster, staying
 from k3sagentd.core.cluster import ClusterView, Errand, ErrandResult, KubeNode, Roster
 from k3sagentd.core.effects import WriteErrand
 from k3sagentd.core.hello import server_url
@@ -48,9 +48,6 @@ DOING = {
     LeaveStep.STOP: "enough other servers to be ready",
     LeaveStep.REMOVE: "its Node to be removed",
 }
-FADING_S = 60.0
-"""For so long it is looked often whether the Node in a joiner's way is still ready: somewhat longer
-than K3s takes to miss it (kube-controller-manager, ``--node-monitor-grace-period``, 40 s)."""
 WISHES_LIMIT = 512
 """Peers that may wait for us at a time."""
 
@@ -110,7 +107,7 @@ def _is_unseen(node: Node, wish: Wish, now_s: float) -> bool:
         return True
     # K3s gives up a Node that it does not hear any more within the minute.
     kube = _node_named(node.steward.view, wish.node_name) if node.steward.view else None
-    fading = wish.role is not None and now_s < wish.since_s + FADING_S
+    fading = wish.role is not None and now_s < wish.since_s + staying.FADING_S
     return fading and kube is not None and kube.ready and now_s >= viewed_s + BUSY_S
 
 
@@ -131,8 +128,8 @@ def _work(node: Node, view: ClusterView, now_s: float) -> dict[str, Any] | None:
         if kube is None or now_s >= wish.heard_s + WISH_S:
             continue
         if wish.step is not None:
-            asked = wish.step is not LeaveStep.STOP and not _is_done(view, wish)
-            if asked and refusal(view, kube, wish.step) is None:
+            asked = wish.step is not LeaveStep.STOP and not _is_done(node, view, wish)
+            if asked and staying.refusal(node, kube, wish.step) is None:
                 return _leave_work(kube, wish)
         elif _is_in_the_way(kube, peer) and not _still_there(node, kube, peer, now_s):
             return {"remove": kube.name, "uid": kube.uid}
@@ -147,19 +144,13 @@ def _leave_work(kube: KubeNode, wish: Wish) -> dict[str, Any]:
 
 def _is_left_over(node: Node, kube: KubeNode) -> bool:
     """A server's Node that is dead and that the roster does not list: its member must go."""
-    owner = kube.node or _adopted_as(node, kube.name)
+    owner = staying.owner_of(node, kube)
     if node.roster.revision == 0 or not kube.server or kube.ready or owner is None:
         return False
     if owner in node.roster.servers:
         return False
     peer = node.peers.get(owner)
     return peer is None or not peer.up or not peer.hello.member
-
-
-def _adopted_as(node: Node, name: str) -> NodeId | None:
-    """Whose Node this is that was there before us, and so has no label of ours; None: unknown."""
-    adopted = (p.hello for p in node.peers.values() if p.hello.adopted)
-    return next((hello.node for hello in adopted if hello.node_name == name), None)
 
 
 def on_ended(turn: Turn, result: ErrandResult) -> None:
@@ -286,7 +277,7 @@ def answer_leaver(turn: Turn, sender: NodeId, message: LeaveRequest) -> LeaveAns
         waits_for = "the list of the cluster's Nodes to be read"
         return LeaveAnswer(step=step, done=False, waits_for=waits_for)
     kube = _node_named(view, message.node_name)
-    if _is_done(view, wish):
+    if _is_done(node, view, wish):
         if step is not LeaveStep.DRAIN:
             _forget(turn, sender)
         return LeaveAnswer(step=step, done=True)
@@ -294,44 +285,17 @@ def answer_leaver(turn: Turn, sender: NodeId, message: LeaveRequest) -> LeaveAns
     if kube.node not in (None, sender):
         refused: str | None = f"the Node {kube.name} is another machine's"
     else:
-        refused = refusal(view, kube, step)
+        refused = staying.refusal(node, kube, step)
     doing = DOING[step]
     waits_for = f"{doing}; {node.steward.reason}" if node.steward.reason else doing
     return LeaveAnswer(step=step, done=False, refused=refused, waits_for=waits_for)
 
 
-def refusal(view: ClusterView, kube: KubeNode, step: LeaveStep) -> str | None:
-    """Why ``kube`` may not leave: the servers that stay must be a quorum of etcd's members.
-
-    Who stops is a member until its Node is removed, so until then it counts. One that is cordoned
-    may be about to leave as well.
-    """
-    if not kube.server:
-        return None
-    servers = [each for each in view.nodes if each.server]
-    stay = [each for each in servers if each.name != kube.name]
-    ready = sum(each.ready and not each.cordoned for each in stay)
-    members = len(servers) - (step is LeaveStep.REMOVE)
-    if len(servers) == 1:
-        return f"{kube.name} is the only server: the cluster would end with it"
-    if ready < (needed := paxos.quorum(members)):
-        return (
-            f"{ready} of the {len(stay)} servers that stay are ready{_cordoned(stay)}, {needed} "
-            "must be: without a quorum the cluster takes no changes; wait for them, or add a server"
-        )
-    return None
-
-
-def _cordoned(nodes: Iterable[KubeNode]) -> str:
-    names = ", ".join(each.name for each in nodes if each.ready and each.cordoned)
-    return f" (not counting {names}: cordoned)" if names else ""
-
-
-def _is_done(view: ClusterView, wish: Wish) -> bool:
+def _is_done(node: Node, view: ClusterView, wish: Wish) -> bool:
     kube = _node_named(view, wish.node_name)
     if kube is None or (wish.step is LeaveStep.DRAIN and wish.drained):
         return True
-    return wish.step is LeaveStep.STOP and refusal(view, kube, wish.step) is None
+    return wish.step is LeaveStep.STOP and staying.refusal(node, kube, wish.step) is None
 
 
 def _wish(
