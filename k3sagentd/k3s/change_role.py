@@ -12,12 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from k3sagentd.core.k3s import Action, Datastore, ServerOrAgent
-from k3sagentd.errors import HopelessError, MachineError
+from k3sagentd.errors import HopelessError
+from k3sagentd.k3s import spared
 from k3sagentd.k3s.data import AGENT, MARKER, ca_hash, datastore, move, put_aside
-from k3sagentd.k3s.kube import Kube
 from k3sagentd.k3s.mounts import mount_points
 from k3sagentd.k3s.ownership import is_adopted
-from k3sagentd.k3s.quorum import quorum
 from k3sagentd.k3s.work import Work
 
 DATA_OF = {Datastore.AGENT: ServerOrAgent.AGENT, Datastore.ETCD: ServerOrAgent.SERVER}
@@ -39,7 +38,8 @@ def is_change(work: Work) -> bool:
 
 
 def check(work: Work) -> None:
-    """Raise HopelessError where this member may not change its role by order."""
+    """Raise HopelessError where this member may not change its role by order, MachineError where
+    it may not now."""
     paths, wanted = work.paths, work.order.role
     found = DATA_OF[datastore(paths.k3s_data)]
     if is_adopted(paths, work.config):
@@ -52,29 +52,11 @@ def check(work: Work) -> None:
             f"{paths.k3s_data} has the data of {A[found]}, but there is no {paths.dropin}: it was "
             "not k3sagentd that started it; move the data aside"
         )
-    if work.order.action is Action.STEP_DOWN:
-        _check_is_spared(work)
+    if found is ServerOrAgent.SERVER:  # whatever the action: a JOIN as an agent stops K3s, too
+        spared.check(paths, running=work.install.running())
     if ca_hash(paths.k3s_data) is None:
         raise HopelessError(
             f"{paths.k3s_data} has the data of {A[found]} of an unknown cluster; move it aside"
-        )
-
-
-def _check_is_spared(work: Work) -> None:
-    """Raise MachineError while etcd would lose its quorum with this server.
-
-    Without a quorum there is no API that answers: then it takes no part that could be missed.
-    """
-    try:
-        nodes = [each.node for each in Kube(work.paths).nodes()]
-    except MachineError:
-        return
-    servers = [each for each in nodes if each.server]
-    others = sum(each.ready for each in servers if each.name != work.order.node_name)
-    is_member = any(each.name == work.order.node_name for each in servers)
-    if is_member and others < (needed := quorum(len(servers))):
-        raise MachineError(
-            f"{others} of the other servers are ready, {needed} must be before this one stops"
         )
 
 

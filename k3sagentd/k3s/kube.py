@@ -53,6 +53,10 @@ class ConflictError(MachineError):
     """What was judged is not what is there now: somebody else wrote meanwhile."""
 
 
+class RefusedError(MachineError):
+    """Nobody listens there."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FoundNode:
     """A Node, and which version of it was seen."""
@@ -264,7 +268,8 @@ class Kube:
             data = response.read(ANSWER_LIMIT_BYTES + 1)
         except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            raise MachineError(f"{what} got no answer: {reason}") from error
+            kind = RefusedError if isinstance(error, ConnectionRefusedError) else MachineError
+            raise kind(f"{what} got no answer: {reason}") from error
         finally:
             connection.close()
         if len(data) > ANSWER_LIMIT_BYTES:

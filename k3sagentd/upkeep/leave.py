@@ -2,7 +2,8 @@
 """``k3sagentd leave``: a machine goes out of its cluster while the cluster goes on.
 
 A ready server drains it and deletes its Node; this machine stops K3s in between, or its kubelet
-would make the Node again. Refused by that server where the quorum would go.
+would make the Node again. Refused by that server where the quorum would go, and by what K3s's API
+says here.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import replace
 from k3sagentd.config import Config
 from k3sagentd.control import ControlClient
 from k3sagentd.errors import K3sagentdError
-from k3sagentd.k3s import keepalived, underway
+from k3sagentd.k3s import keepalived, spared, underway
 from k3sagentd.k3s.install import method
 from k3sagentd.k3s.underway import Progress
 from k3sagentd.paths import Paths
@@ -49,10 +50,12 @@ def leave(paths: Paths, config: Config, say: Say) -> None:
         _ask(paths, "drain", say)
         # That took its time, and others may have gone or left meanwhile.
         _ask(paths, "stop", say)
+        _check_is_spared(paths, config)
         progress = underway.save(paths, Progress(command=COMMAND, step=DRAINED))
     if progress.step == DRAINED:
         say("stop K3s, now and at every boot")
         with underway.alone(paths):
+            _check_is_spared(paths, config)  # much may have happened since it was cut short
             method(config, paths).stop()
             keepalived.withdraw(config, paths)
         progress = underway.save(paths, replace(progress, step=STOPPED))
@@ -64,6 +67,10 @@ def leave(paths: Paths, config: Config, say: Say) -> None:
     service.mark(paths, "this machine has left its site; k3sagentd reset makes a new one of it")
     underway.clear(paths)
     service.stop(paths, config)
+
+
+def _check_is_spared(paths: Paths, config: Config) -> None:
+    spared.check(paths, running=method(config, paths).running())
 
 
 def _ask(paths: Paths, step: str, say: Say) -> None:

@@ -6,12 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from k3sagentd.k3s import install
-from k3sagentd.k3s.kube import Kube
+from k3sagentd.k3s import install, spared
+from k3sagentd.k3s.kube import Kube, RefusedError
 from k3sagentd.paths import Paths
 from k3sagentd.upkeep import repair, repair_steps
 from tests.unit.fake_api import FakeApi
 from tests.unit.machine import Daemon, Server
+
+
+def refuses(paths: Paths) -> Kube:
+    """K3s's API here, where nobody listens."""
+    raise RefusedError("nobody listens")
 
 
 @pytest.fixture
@@ -22,6 +27,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Server:
     monkeypatch.setattr(repair, "HEARSAY_S", 0.0)
     monkeypatch.setattr(repair_steps, "API_POLL_S", 0.01)
     monkeypatch.setattr(repair_steps, "STALE_S", 0.0)
+    monkeypatch.setattr(spared, "Kube", refuses)
     return made
 
 
@@ -45,5 +51,6 @@ def api(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
 
     monkeypatch.setattr(repair, "Kube", client)
     monkeypatch.setattr(repair_steps, "Kube", client)
+    monkeypatch.setattr(spared, "Kube", client)
     yield made
     made.close()

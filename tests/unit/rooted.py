@@ -12,7 +12,18 @@ from k3sagentd.core.k3s import Action, Order, Outcome, Result, ServerOrAgent
 from k3sagentd.discovery.addresses import Attachment
 from k3sagentd.errors import MachineError
 from k3sagentd.k3s import apply as root
-from k3sagentd.k3s import convert, credentials, dropin, facts, make, ownership, reach, servers
+from k3sagentd.k3s import (
+    convert,
+    credentials,
+    dropin,
+    facts,
+    make,
+    ownership,
+    reach,
+    servers,
+    spared,
+)
+from k3sagentd.k3s.kube import Kube, RefusedError
 from k3sagentd.k3s.order import read_result, write_order
 from k3sagentd.paths import Paths
 
@@ -99,6 +110,8 @@ class Machine:
         for module in (make, servers):
             monkeypatch.setattr(module, "attachment", lambda *_: self.at)
         monkeypatch.setattr(root, "preflight", lambda *_: iter(()))
+        self.api: Kube | None = None
+        monkeypatch.setattr(spared, "Kube", self._ask)
         for module in (ownership, convert):
             monkeypatch.setattr(module, "answers", self.k3s.running)
         monkeypatch.setattr(convert, "pings", self.k3s.running)
@@ -108,6 +121,11 @@ class Machine:
         monkeypatch.setattr(credentials, "takes", lambda *_: True)
         monkeypatch.setattr(credentials, "is_stuck", lambda _: False)
         monkeypatch.setattr(facts, "measure_fsync", lambda data: 1.0)
+
+    def _ask(self, paths: Paths) -> Kube:
+        if self.api is None:
+            raise RefusedError("nobody listens")
+        return self.api
 
     def _check(self, url: str, ca_hash: str | None) -> None:
         if url not in self.there:

@@ -16,6 +16,7 @@ import aiohttp
 from k3sagentd.lab.standin.options import fatal
 
 CLIENT = "http://127.0.0.1:2379"
+METRICS = "http://127.0.0.1:2381"
 TIMEOUT_S = 5.0
 PR_SET_PDEATHSIG = 1
 REMOVED = b"the member has been permanently removed from the cluster"
@@ -52,6 +53,7 @@ class Etcd:
             f"--name={name}",
             f"--data-dir={self.directory}",
             f"--listen-client-urls={CLIENT}",
+            f"--listen-metrics-urls={METRICS}",
             f"--advertise-client-urls={self.peer_url.replace('2380', '2379')}",
             f"--listen-peer-urls={self.peer_url}",
             f"--initial-advertise-peer-urls={self.peer_url}",
