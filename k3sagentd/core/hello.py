@@ -77,11 +77,18 @@ def url_of(host: str) -> str:
 
 def may_be_member(node: Node) -> bool:
     """Whether etcd may count on this machine: its data says so, or its server was told to start."""
-    order, outcome = node.drive.order, node.drive.outcome
-    started = order is not None and order.action in (Action.INIT, Action.JOIN)
-    if order is not None and started and order.role is ServerOrAgent.SERVER:
-        return outcome in (Outcome.RUNNING, Outcome.DONE) or has_etcd(node)
-    return has_etcd(node)
+    order = node.drive.order
+    serves = order is not None and order.role is ServerOrAgent.SERVER
+    return (serves and may_be_started(node)) or has_etcd(node)
+
+
+def may_be_started(node: Node) -> bool:
+    """Whether K3s may be, or become, what it was last told to be. An order that failed late, as in
+    the steps after K3s's start, has that effect all the same."""
+    order, outcome, result = node.drive.order, node.drive.outcome, node.drive.result
+    if order is None or order.action not in (Action.INIT, Action.JOIN):
+        return False
+    return outcome in (Outcome.RUNNING, Outcome.DONE) or (result is not None and result.started)
 
 
 def is_sound(node: Node) -> bool:

@@ -147,6 +147,8 @@ class Result:
     """The step that runs, or the one that failed, as people read it."""
     reason: str | None = None
     """For a failure: what failed, found, expected, to do."""
+    started: bool = False
+    """For a failure: whether K3s runs all the same, and what was ordered may come true."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

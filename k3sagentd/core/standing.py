@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from k3sagentd.core import guards, log
-from k3sagentd.core.hello import fixed_urls, has_moved, k3s_role, own_url
+from k3sagentd.core.hello import fixed_urls, has_moved, k3s_role, may_be_started, own_url
 from k3sagentd.core.k3s import (
     Action,
     Datastore,
@@ -68,8 +68,7 @@ def is_other_role(node: Node) -> bool:
     role, facts, order = k3s_role(node), node.facts, node.drive.order
     if role is None or facts is None or node.seal is None or facts.removed:
         return False  # what etcd has removed is a server no more, and not ours to change
-    made = order is not None and order.action in (Action.INIT, Action.JOIN)
-    if order is not None and made and node.drive.outcome in (Outcome.DONE, Outcome.RUNNING):
+    if order is not None and may_be_started(node):
         return order.role is not role
     if role is ServerOrAgent.SERVER:
         # What runs and has no CA to show is an agent.

@@ -8,6 +8,7 @@ next run, and nothing that K3s wrote is ever deleted.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Iterator
@@ -51,15 +52,16 @@ def apply(paths: Paths) -> int:
 def _run(paths: Paths, what: Order) -> int:
     """Do each step, reporting it first; the last report is the outcome."""
 
-    def report(outcome: Outcome, reason: str | None = None) -> None:
-        result = Result(order=what, outcome=outcome, step=step, reason=reason)
+    def report(outcome: Outcome, reason: str | None = None, *, started: bool = False) -> None:
+        result = Result(order=what, outcome=outcome, step=step, reason=reason, started=started)
         order.write_result(paths, result)
 
     def failed(outcome: Outcome, reason: str) -> int:
         log.error("%s failed at «%s»: %s", what.action, step, reason)
-        report(outcome, reason)
+        report(outcome, reason, started=_look_after_failure(paths, work))
         return os.EX_TEMPFAIL if outcome is Outcome.FAILED else os.EX_SOFTWARE
 
+    work = None
     step = "see whether a command of the operator is half done"
     try:
         underway.check(paths)
@@ -85,6 +87,17 @@ def _run(paths: Paths, what: Order) -> int:
         return failed(Outcome.FAILED, fault(error))
     report(Outcome.DONE)
     return 0
+
+
+def _look_after_failure(paths: Paths, work: Work | None) -> bool:
+    """Write down what is there now, as far as can be seen; whether K3s runs, without data of a role
+    as yet, or as what was ordered: the others must know who may be a member of etcd."""
+    started = False
+    with contextlib.suppress(Exception):  # what is reported is why the order failed
+        started = work is not None and work.install.running() and not change_role.is_change(work)
+    with contextlib.suppress(Exception):
+        facts.write_facts(paths)
+    return started
 
 
 def steps(work: Work) -> Iterator[str]:

@@ -13,7 +13,8 @@ comment. The nodes are real cores on a wire of memory; nothing moves but by a co
 - ``drop a->b``: messages in flight are lost; ``repeat a->b``: they will arrive twice
 - ``wait 30s``: time passes for all, due ticks happen; ``go 30s``: and messages are delivered
 - ``quietly …``: a command whose output is of no interest here
-- ``apply a done|failed|hopeless``: root carried out the order of a
+- ``apply a done|failed|late|hopeless``: root carried out the order of a; late: it failed after
+  K3s was started
 - ``ready a``: K3s on a is ready; ``disk a etcd CA|sqlite CA|none``: what root finds there
 - ``image a ID``: the machine gets a new image: the same hardware, another identity
 - ``role a server|agent|auto``: what is configured, from the next start on
@@ -297,10 +298,17 @@ class Wire:
         words = {
             "done": Outcome.DONE,
             "failed": Outcome.FAILED,
+            "late": Outcome.FAILED,
             "hopeless": Outcome.FAILED_FOR_GOOD,
         }
         reason = None if how == "done" else "the memory cgroup is off"
-        result = Result(order=m.order, outcome=words[how], step="install", reason=reason)
+        result = Result(
+            order=m.order,
+            outcome=words[how],
+            step="install",
+            reason=reason,
+            started=how == "late",
+        )
         if how == "done" and m.order.action in ("stand-down", "step-down"):
             m.facts, m.ready = Facts(fsync_ms=1.0), False
         self._feed(m, FactsRead(now_s=self.now_s, facts=m.facts))

@@ -305,6 +305,30 @@ def test_who_was_not_heard_for_longest_makes_room() -> None:
     assert NodeId("x0") not in peers
 
 
+def test_a_joiner_whose_order_failed_after_k3s_was_started_is_not_removed() -> None:
+    """It asks anew where to join, and its Node is there already: a member which starts."""
+    wire = play(THREE_SERVERS.partition("apply c done\nprobed c")[0])
+    c = wire.machines["c"]
+    heard = wire._kube.is_ready
+    wire._kube.is_ready = lambda kube: kube.name != "c" and heard(kube)
+    wire._kube.register(c.id, c.site.hardware, server=True)
+    play("go 40s\napply c late\ngo 120s", wire)
+    assert node_of(wire, "c").announced.member
+    assert "c" in wire._kube.nodes
+    assert node_of(wire, "c").drive.told == "a: K3s on c to be ready: it is a member of etcd"
+    wire._kube.is_ready = heard
+    play("probed c\ngo 10s", wire)
+    assert node_of(wire, "c").phase is NodePhase.READY
+    assert c.order is not None
+    assert (c.order.action, c.order.attempt) == (Action.JOIN, 1), "what failed is done again"
+
+
+def test_a_joiner_that_cannot_start_k3s_is_no_member() -> None:
+    """Else nobody would take the place of a machine that never gets so far."""
+    wire = play(THREE_SERVERS.partition("apply c done\nprobed c")[0] + "apply c failed")
+    assert not node_of(wire, "c").announced.member
+
+
 def test_a_server_that_never_gets_ready_does_not_keep_the_others_few() -> None:
     until_b = THREE_SERVERS.partition("probed b")[0]
     wire = play(until_b + "go 290s")

@@ -10,8 +10,8 @@ import pytest
 from k3sagentd.config import load_config
 from k3sagentd.core.k3s import Action, Datastore, Order, Outcome
 from k3sagentd.discovery.addresses import Attachment
-from k3sagentd.errors import ConfigError
-from k3sagentd.k3s import credentials, dropin, facts
+from k3sagentd.errors import ConfigError, MachineError
+from k3sagentd.k3s import credentials, dropin, facts, keepalived
 from k3sagentd.k3s.credentials import Credentials
 from k3sagentd.k3s.data import MARKER
 from tests.unit.rooted import (
@@ -109,6 +109,48 @@ def test_a_role_is_not_changed_while_no_other_server_answers(m: Machine) -> None
     m.there, m.at = {ONE: HASH}, Attachment("eth0", 2, "10.0.0.1")
     assert f"{ONE} is this machine itself" in str(m.apply(JOIN_AGENT).reason)
     assert (m.files(), m.k3s.did) == (before, [])
+
+
+# --- orders that fail -----------------------------------------------------------------------
+
+
+def test_an_order_that_fails_says_whether_k3s_runs_and_what_is_there(
+    m: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the steps after its start on, the machine may be a member of etcd at any moment."""
+    m.there = {}
+    result = m.apply(JOIN)
+    assert (result.outcome, result.started) == (Outcome.FAILED, False)
+    m.there = {ONE: HASH}
+
+    def withdraw(*_: object) -> None:
+        m.put(*AS_SERVER, WAL)
+        raise MachineError("keepalived.service is masked")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(keepalived, "withdraw", withdraw)
+        result = m.apply(JOIN)
+    assert "start server" in m.k3s.did
+    assert (result.outcome, result.started) == (Outcome.FAILED, True)
+    found = facts.read_facts(m.paths)
+    assert found is not None
+    assert found.facts.datastore is Datastore.ETCD
+    # As a server it runs still, but this order would have had an agent.
+    m.there = {}
+    result = m.apply(JOIN_AGENT)
+    assert (result.outcome, result.started) == (Outcome.FAILED, False)
+
+
+def test_what_is_there_cannot_be_seen_and_the_failure_is_reported_all_the_same(
+    m: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write_facts(*_: object) -> None:
+        raise ValueError("nobody foresaw this")
+
+    monkeypatch.setattr(facts, "write_facts", write_facts)
+    result = m.apply(JOIN)
+    assert (result.outcome, result.started) == (Outcome.FAILED, True)
+    assert "a fault of k3sagentd's own: ValueError" in str(result.reason)
 
 
 # --- addresses ------------------------------------------------------------------------------
