@@ -57,6 +57,10 @@ class RefusedError(MachineError):
     """Nobody listens there."""
 
 
+class NeverServedError(MachineError):
+    """K3s has not made the certificates for it yet, which it does before it starts etcd."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FoundNode:
     """A Node, and which version of it was seen."""
@@ -134,7 +138,8 @@ class Kube:
             self._context.load_cert_chain(tls / "client-admin.crt", tls / "client-admin.key")
         except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
             why = getattr(error, "strerror", None) or error
-            raise MachineError(
+            kind = NeverServedError if isinstance(error, FileNotFoundError) else MachineError
+            raise kind(
                 f"{tls} has no certificates for the Kubernetes API ({why}); "
                 "only a server that was ready once has them"
             ) from error

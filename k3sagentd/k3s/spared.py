@@ -13,7 +13,7 @@ import time
 from k3sagentd.core.k3s import Datastore, ServerOrAgent
 from k3sagentd.errors import MachineError
 from k3sagentd.k3s.data import datastore
-from k3sagentd.k3s.kube import Kube, RefusedError
+from k3sagentd.k3s.kube import Kube, NeverServedError, RefusedError
 from k3sagentd.k3s.quorum import quorum
 from k3sagentd.k3s.settings import node_name, told
 from k3sagentd.paths import Paths
@@ -32,14 +32,14 @@ LOOK_S = 1.0
 def check(paths: Paths, *, running: bool) -> None:
     """Raise MachineError while etcd would, or may, lose its quorum with this server.
 
-    A K3s that does not run, or has no quorum, takes no part that could be missed. One that is only
-    too busy to answer does.
+    A K3s that does not run, was never ready, or has no quorum, takes no part that could be missed.
+    One that is only too busy to answer does.
     """
     if not running or datastore(paths.k3s_data) is not Datastore.ETCD:
         return
     try:
         nodes = [each.node for each in Kube(paths).nodes()]
-    except RefusedError:
+    except (RefusedError, NeverServedError):
         return
     except MachineError as error:
         if _is_leaderless():

@@ -54,6 +54,16 @@ def is_refused(m: Machine, order: Order, why: str) -> None:
     assert (m.files(), m.k3s.did) == (before, [])
 
 
+def test_k3s_that_was_never_ready_is_not_missed(m: Machine, monkeypatch) -> None:
+    monkeypatch.setattr(spared, "Kube", Kube)
+    authority = m.paths.k3s_data / "server/tls/server-ca.crt"
+    authority.unlink()
+    spared.check(m.paths, running=True)
+    authority.write_text("damaged")
+    with pytest.raises(MachineError, match="not known whether the other servers are a quorum"):
+        spared.check(m.paths, running=True)
+
+
 @pytest.mark.parametrize("order", [STEP_DOWN, JOIN_AGENT], ids=lambda order: order.action)
 def test_no_server_becomes_an_agent_while_it_is_needed(
     m: Machine, fake: FakeApi, order: Order
