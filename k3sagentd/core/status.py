@@ -173,7 +173,10 @@ def _joining(node: Node, now_s: float) -> str:
     if stays and node.leaving is not None and not node.leaving.done:
         told = node.leaving.refused or node.leaving.told or "a ready server of the cluster"
         return f"{told}; then this server becomes an agent"
-    if node.drive.outcome is not Outcome.DONE:
+    retry_at_s = node.drive.retry_at_s
+    due = retry_at_s is not None and now_s >= retry_at_s
+    asks_anew = due and node.drive.registration is None and not standing.is_member(node)
+    if node.drive.outcome is not Outcome.DONE and not asks_anew:
         return _result(node, now_s)
     barrier = standing.join_barrier(node)
     if node.phase is NodePhase.JOINING and not standing.is_member(node):

@@ -39,6 +39,8 @@ FOUND = {
     13628: "a server that died while it took over from another stayed a member of etcd",
     17006: "a clone took the nomination of its twin for its own",
     25620: "a server of another cluster counted as one of the site's",
+    29934: "an adopted init node that etcd had removed founded another cluster",
+    201202: "an order that was due again, and waited for a registration, said «in 0 s» for good",
     86273: "a machine with a cluster and a slow disk: others were nominated and gave up, 500 times",
 }
 """What each seed showed; those before them are in ``test_promise``, as the plans they were."""
