@@ -151,7 +151,8 @@ class Machine:
                 *("ip", "netns", "exec", network.namespace("node2")),
                 *("sh", "-c", f'{ours} && exec "$@"', "sh", *command),
             ],
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            # What a killed process had under way there goes with the test.
+            env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(self.paths.root.parent)},
             cwd="/",
             capture_output=True,
             check=False,

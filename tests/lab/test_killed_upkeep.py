@@ -71,9 +71,11 @@ class Machine(Server):
             inject = f"inject={CALLS}:signal=KILL:when={kill_at}"
             trace = ["strace", "-qq", "-o", "/dev/null", "-e", f"trace={CALLS}", "-e", inject]
             command = [*trace, *command]
+        ours = {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
         done = subprocess.run(
             command,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"},
+            # What a killed process had under way there goes with the test.
+            env={**os.environ, **ours, "TMPDIR": str(self.paths.root.parent)},
             cwd="/",
             capture_output=True,
             text=True,

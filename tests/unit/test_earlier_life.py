@@ -2,6 +2,7 @@
 """A new identity over data that an earlier one's order made: epochs begin at 0 in every log, so
 only the node in the marker tells whose it is."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from k3sagentd.config import load_config
 from k3sagentd.core.k3s import Action, Datastore
 from k3sagentd.errors import DataError
 from k3sagentd.k3s import dropin, facts
-from k3sagentd.k3s.data import Marker, datastore, read_marker, write_marker
+from k3sagentd.k3s.data import MARKER, Marker, datastore, read_marker, write_marker
 from k3sagentd.k3s.order import check
 from tests.unit.rooted import AS_AGENT, AS_SERVER, INIT, NODE, ONE, SERVER, WAL, Machine
 
@@ -92,7 +93,8 @@ def test_who_starts_or_abandons_a_cluster_says_who_it_is(order) -> None:
 
 @pytest.mark.parametrize("node", [None, 7, ["x"], ""])
 def test_a_marker_that_names_nobody_is_nobodys(m: Machine, node: object) -> None:
-    write_marker(m.paths.k3s_data, Marker(epoch=0, node=node))  # type: ignore[arg-type]
+    m.paths.k3s_data.mkdir(parents=True, exist_ok=True)
+    (m.paths.k3s_data / MARKER).write_text(json.dumps({"epoch": 0, "node": node}))
     found = read_marker(m.paths.k3s_data)
     assert found is not None
     assert not found.is_by("")
