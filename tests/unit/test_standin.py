@@ -4,13 +4,14 @@
 import asyncio
 import json
 import sqlite3
+import sys
 from pathlib import Path
 
 import pytest
 
 from k3sagentd.lab.standin import nodes, options
 from k3sagentd.lab.standin.api import merged
-from k3sagentd.lab.standin.etcd import Etcd
+from k3sagentd.lab.standin.etcd import TOMBSTONE, Etcd
 from k3sagentd.lab.standin.members import DuplicateNameError, Members
 from k3sagentd.lab.standin.objects import LEASE, NODE, ApiError, Objects
 from k3sagentd.lab.standin.server import migrates
@@ -199,6 +200,35 @@ def test_only_the_member_of_that_name_and_address_is_removed(tmp_path: Path) -> 
     assert etcd.calls == []
     asyncio.run(members.remove("b-1", "10.0.0.2"))
     assert etcd.calls == [f'cluster/member/remove {{"ID": "{url(2)}"}}']
+
+
+def watch(etcd: Etcd) -> None:
+    while True:
+        etcd.check_alive()
+
+
+@pytest.mark.parametrize(
+    ("last_words", "code"),
+    [
+        ("E | etcdserver: the member has been permanently removed from the cluster", 0),
+        ("C | etcdserver/membership: failed to find local ID 1f in cluster 2c", 2),
+        ('{"level":"panic","msg":"failed to find local ID in cluster members"}', 2),
+    ],
+)
+def test_a_removed_member_leaves_a_tombstone_however_etcd_ends(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, last_words: str, code: int
+) -> None:
+    program = tmp_path / "bin/etcd"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\necho '{last_words}' >&2\nexit {code}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=":")
+    monkeypatch.setattr("k3sagentd.lab.standin.etcd.fatal", sys.exit)
+    etcd = Etcd(tmp_path / "etcd", "127.0.0.1", tombstone=True)
+    etcd.start("a", None, new=False)
+    with pytest.raises(SystemExit, match="has been removed from the cluster"):
+        watch(etcd)
+    assert (tmp_path / "etcd" / TOMBSTONE).exists()
 
 
 def test_the_command_line_beats_the_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

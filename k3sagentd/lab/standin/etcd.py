@@ -19,8 +19,15 @@ CLIENT = "http://127.0.0.1:2379"
 METRICS = "http://127.0.0.1:2381"
 TIMEOUT_S = 5.0
 PR_SET_PDEATHSIG = 1
-REMOVED = b"the member has been permanently removed from the cluster"
-"""What etcd says when it learns that it was (etcd, rafthttp.ErrMemberRemoved)."""
+REMOVED = (
+    b"the member has been permanently removed from the cluster",
+    b"failed to find local ID",
+)
+"""What etcd says when it learns that it was (etcd, rafthttp.ErrMemberRemoved).
+
+The second is a panic: who asks a member for its status just as it learns of it ends it so (etcd
+issue 21966). K3s's supervisor would start it once more, to hear the first; here both are one.
+"""
 TOMBSTONE = "tombstone"
 
 
@@ -82,7 +89,7 @@ class Etcd:
     def _read(self, stream: IO[bytes]) -> None:
         """Hand on what etcd logs, and hear that this member was removed."""
         for line in stream:
-            if REMOVED in line:
+            if any(each in line for each in REMOVED):
                 self._removed = True
             sys.stderr.buffer.write(line)
             sys.stderr.buffer.flush()
