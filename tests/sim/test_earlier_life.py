@@ -10,7 +10,7 @@ from k3sagentd.core.k3s import Action, Datastore, Facts
 from k3sagentd.core.words import NodeId, NodePhase
 from tests.sim.plan import calm
 from tests.sim.scenario import Wire
-from tests.sim.test_life import CA, node_of, play
+from tests.sim.scenes import CA, node_of, play
 from tests.sim.world import World
 
 DATA = Facts(fsync_ms=1.0, datastore=Datastore.ETCD, ca_hash=CA)

@@ -7,7 +7,8 @@ import multiprocessing
 import pytest
 
 from tests.sim.exhaustive import Bound, BrokenError, search
-from tests.sim.planted import FAULTS, Edit, plant
+from tests.sim.planted import plant
+from tests.sim.planted_faults import FAULTS, Edit
 
 ONE_BALLOT = Bound(decrees=1, ballots=1, crashes=1)
 TWO_BALLOTS = Bound(decrees=1, ballots=2, crashes=0)

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Who asks to leave is told what is so at that moment, not what K3s or the log still says."""
 
+from dataclasses import replace
+
+from k3sagentd.core import status
 from k3sagentd.core.cluster import KubeNode
-from k3sagentd.core.k3s import Action
+from k3sagentd.core.k3s import Action, K3sState
 from k3sagentd.core.state import Leaving
 from tests.sim.scenario import Wire
-from tests.sim.test_life import THREE_SERVERS, node_of, play
+from tests.sim.scenes import CA, THREE_SERVERS, feed, node_of, play
 
 TAKEN_OVER = f"""\
 {THREE_SERVERS}
@@ -73,3 +76,49 @@ def test_a_server_whose_daemon_alone_is_silent_is_counted() -> None:
     assert leaving_of(wire, "b").refused, "it may have gone off just now"
     play("go 60s\nleave b stop\ngo 6s", wire)
     assert leaving_of(wire, "b").done, "K3s would have missed it by now"
+
+
+def test_of_two_servers_that_leave_at_once_one_is_refused() -> None:
+    wire = play(THREE_SERVERS)
+
+    def drained(name: str) -> None:
+        kube = wire._kube.nodes[name]
+        wire._kube.nodes[name] = replace(kube, cordoned=True)
+
+    play("leave b drain\ngo 1s", wire)
+    drained("b")
+    play("go 3s\nleave c drain\ngo 20s", wire)
+    b, c = node_of(wire, "b").leaving, node_of(wire, "c").leaving
+    assert b is not None
+    assert b.done
+    assert c is not None
+    assert not c.done
+    assert "1 of the 2 servers that stay are ready (not counting b: cordoned)" in str(
+        c.refused or c.told
+    )
+
+
+def test_who_left_is_not_asked_for_when_etcd_has_no_quorum() -> None:
+    wire = play(THREE_SERVERS + "\noff b\ngo 5s")
+    del wire._kube.nodes["b"]
+    node = node_of(wire, "a")
+    look = replace(node.steward, view=wire._kube.view(), viewed_s=wire.now_s)
+    wire.machines["a"].node = node.but(steward=look)
+    play("go 5s\noff c\ngo 1s", wire)
+    feed(wire, "a", K3sState(detail="its server does not answer"))
+    lost = status.quorum_lost(node_of(wire, "a"))
+    assert lost is not None
+    assert lost.startswith("1 of etcd's 2 servers here, 2 must be")
+    assert lost.endswith("power on c")
+
+
+def test_who_has_data_does_not_leave_unasked_because_its_log_is_lost() -> None:
+    wire = play("site a b c nodes=3\ndisk a etcd " + CA + "\non a\nleave a stop\ngo 60s")
+    leaving = node_of(wire, "a").leaving
+    assert leaving is not None
+    assert not leaving.done
+    assert str(leaving.told).startswith("a peer that knows the site's cluster")
+    wire = play("site a b c nodes=3\non a\nleave a stop\ngo 5s")
+    leaving = node_of(wire, "a").leaving
+    assert leaving is not None
+    assert leaving.done, "it has nothing to leave"

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Life after the seal as the daemon tells it to the core: a probe finds K3s ready, and nobody has
-looked at the disk again since K3s began. Each was a bug."""
+"""The servers of a sealed site: which are members, which is replaced. Each was a bug."""
 
 from dataclasses import replace
 
@@ -8,77 +7,11 @@ import pytest
 
 from k3sagentd.core import guards, status
 from k3sagentd.core.cluster import KubeNode, Roster
-from k3sagentd.core.events import AddressChanged, K3sProbed, MessageReceived
 from k3sagentd.core.hello import server_url
 from k3sagentd.core.k3s import Action, Datastore, Facts, K3sState, ServerOrAgent
-from k3sagentd.core.log import Nominate
-from k3sagentd.core.messages import Learned
-from k3sagentd.core.state import PEERS_LIMIT, Durable, Node, Peer
+from k3sagentd.core.state import PEERS_LIMIT, Peer
 from k3sagentd.core.words import NodeId, NodePhase
-from tests.sim.scenario import Machine, Wire
-
-CA = "a0" * 32
-THREE_SERVERS = """\
-site a b c d e nodes=4
-on a b c d
-meet a b c d
-deliver
-apply a done
-probed a
-deliver
-apply b done
-apply c done
-deliver
-go 4s
-apply b done
-probed b
-deliver
-go 4s
-apply c done
-probed c
-apply d done
-probed d
-deliver
-go 60s"""
-
-
-def play(commands: str, wire: Wire | None = None) -> Wire:
-    """Obey ``commands``; ``probed`` is what a probe alone says of a K3s that is ready."""
-    wire = wire or Wire()
-    for command in commands.splitlines():
-        if command.startswith("probed "):
-            probed(wire, command.split()[1])
-        else:
-            wire.obey(command)
-    return wire
-
-
-def probed(wire: Wire, name: str) -> None:
-    m = wire.machines[name]
-    assert m.node is not None
-    m.ready = True
-    order = m.node.drive.order
-    assert order is not None
-    server = order.role is ServerOrAgent.SERVER
-    wire._kube.register(m.id, m.site.hardware, server=server)
-    ca_hash = (m.node.seal.ca_hash if m.node.seal else CA) if server else None
-    feed(wire, name, K3sState(running=True, ready=True, ca_hash=ca_hash, detail="ready"))
-
-
-def feed(wire: Wire, name: str, state: K3sState) -> None:
-    m = wire.machines[name]
-    m.ready = state.ready
-    wire._feed(m, K3sProbed(now_s=wire.now_s, state=state))
-
-
-def node_of(wire: Wire, name: str) -> Node:
-    node = wire.machines[name].node
-    assert node is not None
-    return node
-
-
-def said(wire: Wire, name: str) -> str:
-    return str(status.waiting_for(node_of(wire, name), wire.now_s))
+from tests.sim.scenes import CA, THREE_SERVERS, feed, node_of, play, said
 
 
 def test_a_server_whose_k3s_is_stopped_for_a_while_stays_a_member() -> None:
@@ -99,14 +32,6 @@ def test_a_server_whose_k3s_is_stopped_for_a_while_stays_a_member() -> None:
     assert node_of(wire, "b").phase is NodePhase.READY
 
 
-def test_no_force_beside_a_server_that_only_waits_for_its_quorum() -> None:
-    wire = play(THREE_SERVERS + "\noff a\noff c")
-    feed(wire, "b", K3sState(running=True, detail="etcd has no quorum"))
-    play("on e\nmeet b d e\ngo 20s", wire)
-    refused = guards.why_not_force(node_of(wire, "e"))
-    assert refused == "b has a cluster's data; bring it up there, or k3sagentd reset it first"
-
-
 def test_one_probe_that_fails_orders_nothing() -> None:
     wire = play(
         "site a b nodes=2 servers=1\non a b\nmeet a b\ndeliver\napply a done\nprobed a\ndeliver"
@@ -116,26 +41,6 @@ def test_one_probe_that_fails_orders_nothing() -> None:
     feed(wire, "a", K3sState(detail="its server does not answer (no answer in time)"))
     play("go 60s", wire)
     assert wire.machines["a"].order == before
-
-
-def test_of_two_servers_that_leave_at_once_one_is_refused() -> None:
-    wire = play(THREE_SERVERS)
-
-    def drained(name: str) -> None:
-        kube = wire._kube.nodes[name]
-        wire._kube.nodes[name] = replace(kube, cordoned=True)
-
-    play("leave b drain\ngo 1s", wire)
-    drained("b")
-    play("go 3s\nleave c drain\ngo 20s", wire)
-    b, c = node_of(wire, "b").leaving, node_of(wire, "c").leaving
-    assert b is not None
-    assert b.done
-    assert c is not None
-    assert not c.done
-    assert "1 of the 2 servers that stay are ready (not counting b: cordoned)" in str(
-        c.refused or c.told
-    )
 
 
 def test_a_roster_of_an_earlier_life_of_the_site_is_nobodys() -> None:
@@ -177,22 +82,6 @@ def test_a_machine_that_goes_off_each_time_k3s_starts_is_not_the_init_node_for_e
     assert "K3s was started here 5 times" in abandoned.describe()
 
 
-def test_who_hears_its_namesake_late_takes_another_name() -> None:
-    wire = play(
-        "site a b nodes=2 servers=1\non a b\nmeet a b\ndeliver\napply a done\nprobed a\ndeliver\n"
-        "apply b done\nprobed b\ndeliver\ngo 60s\nsite z nodes=2 servers=1"
-    )
-    late = wire.machines["z"]
-    late.site = replace(late.site, hostname="b")
-    play("on z\nmeet a z\ndeliver", wire)
-    assert node_of(wire, "z").durable.node_name == "b"
-    play("meet b z\ngo 60s", wire)
-    assert node_of(wire, "z").durable.node_name == "b-z"
-    order = late.order
-    assert order is not None
-    assert (order.action, order.node_name) == (Action.JOIN, "b-z")
-
-
 def test_an_adopted_server_that_the_roster_does_not_know_is_one() -> None:
     wire = play("site a b c m n nodes=3 servers=3")
     for name in "abc":
@@ -227,11 +116,6 @@ def test_a_ballot_that_cannot_have_a_value_is_not_written_twice_a_minute() -> No
     assert written / 5 < 60
 
 
-def test_a_forced_start_that_fails_waits_for_no_votes() -> None:
-    wire = play("site a b c nodes=3\non a\nforce a\napply a hopeless")
-    assert said(wire, "a").startswith("init failed at ")
-
-
 ENTERING = f"""\
 {THREE_SERVERS}
 role d server
@@ -264,28 +148,6 @@ def test_who_is_not_to_take_over_any_more_is_struck_out() -> None:
     assert node_of(wire, "a").roster.servers == ("a", "b", "c")
 
 
-def test_a_clone_starts_nothing_though_its_twin_was_nominated() -> None:
-    wire = play("site a b c nodes=3\non a b c\nmeet a b c\nclone a")
-    nominated = Nominate(init=NodeId("a"), servers=(NodeId("a"),))
-    learned = Learned(first=0, entries=(nominated,), nodes=3)
-    a = wire.machines["a"]
-    wire._feed(a, MessageReceived(now_s=wire.now_s, sender=NodeId("b"), message=learned))
-    assert node_of(wire, "a").phase is NodePhase.INITIALISING
-    assert a.order is None
-    assert said(wire, "a").startswith("a person: another live machine has this node's identity")
-
-
-def test_no_start_is_forced_on_a_clone() -> None:
-    """Its twin would take that start for its own, and lead as well."""
-    wire = play("site a b c nodes=3\non a\nclone a")
-    refused = str(guards.why_not_force(node_of(wire, "a")))
-    assert refused.endswith(
-        "k3sagentd reset on one of them; on this one before its start is forced"
-    )
-    wire = play(f"site a b c nodes=3\ndisk a sqlite {CA}\non a\nclone a")
-    assert guards.why_not_force(node_of(wire, "a")) is None, "a reset would cost its data"
-
-
 def test_who_was_not_heard_for_longest_makes_room() -> None:
     wire = play(THREE_SERVERS)
     a = wire.machines["a"]
@@ -305,40 +167,6 @@ def test_who_was_not_heard_for_longest_makes_room() -> None:
     assert NodeId("x0") not in peers
 
 
-def test_a_joiner_whose_order_failed_after_k3s_was_started_is_not_removed() -> None:
-    """It asks anew where to join, and its Node is there already: a member which starts."""
-    wire = play(THREE_SERVERS.partition("apply c done\nprobed c")[0])
-    c = wire.machines["c"]
-    heard = wire._kube.is_ready
-    wire._kube.is_ready = lambda kube: kube.name != "c" and heard(kube)
-    wire._kube.register(c.id, c.site.hardware, server=True)
-    play("go 40s\napply c late\ngo 120s", wire)
-    assert node_of(wire, "c").announced.member
-    assert "c" in wire._kube.nodes
-    assert node_of(wire, "c").drive.told == "a: K3s on c to be ready: it is a member of etcd"
-    wire._kube.is_ready = heard
-    play("probed c\ngo 10s", wire)
-    assert node_of(wire, "c").phase is NodePhase.READY
-    assert c.order is not None
-    assert (c.order.action, c.order.attempt) == (Action.JOIN, 1), "what failed is done again"
-
-
-def test_a_joiner_that_cannot_start_k3s_is_no_member() -> None:
-    """Else nobody would take the place of a machine that never gets so far."""
-    wire = play(THREE_SERVERS.partition("apply c done\nprobed c")[0] + "apply c failed")
-    assert not node_of(wire, "c").announced.member
-
-
-def test_a_server_that_never_gets_ready_does_not_keep_the_others_few() -> None:
-    until_b = THREE_SERVERS.partition("probed b")[0]
-    wire = play(until_b + "go 290s")
-    c = wire.machines["c"]
-    assert said(wire, "c") == "server b to be ready first"
-    play("go 30s", wire)
-    assert c.order is not None
-    assert c.order.action is Action.JOIN
-
-
 @pytest.mark.parametrize("name", ["b", "c"])
 def test_probes_count_for_what_is_on_the_disk(name: str) -> None:
     wire = play(THREE_SERVERS)
@@ -347,64 +175,12 @@ def test_probes_count_for_what_is_on_the_disk(name: str) -> None:
     assert facts.datastore is Datastore.ETCD
 
 
-def test_no_force_while_an_abandoned_start_is_put_aside() -> None:
-    wire = play("site a b c nodes=3\non a b c\nmeet a b c\ngo 10s\napply a hopeless\ngo 30s")
-    assert node_of(wire, "a").phase is NodePhase.STANDING_DOWN
-    assert "put aside" in str(guards.why_not_force(node_of(wire, "a")))
-
-
-def test_who_left_is_not_asked_for_when_etcd_has_no_quorum() -> None:
-    wire = play(THREE_SERVERS + "\noff b\ngo 5s")
-    del wire._kube.nodes["b"]
-    node = node_of(wire, "a")
-    look = replace(node.steward, view=wire._kube.view(), viewed_s=wire.now_s)
-    wire.machines["a"].node = node.but(steward=look)
-    play("go 5s\noff c\ngo 1s", wire)
-    feed(wire, "a", K3sState(detail="its server does not answer"))
-    lost = status.quorum_lost(node_of(wire, "a"))
-    assert lost is not None
-    assert lost.startswith("1 of etcd's 2 servers here, 2 must be")
-    assert lost.endswith("power on c")
-
-
 def test_a_server_of_another_cluster_is_none_of_the_sites() -> None:
     wire = play(THREE_SERVERS)
     assert guards.conflict(node_of(wire, "b")) is None
     assert server_url(node_of(wire, "b")) is not None
     feed(wire, "b", K3sState(running=True, ready=True, ca_hash="b0" * 32, detail="ready"))
     assert server_url(node_of(wire, "b")) is None
-
-
-def test_an_agent_whose_name_was_taken_meanwhile_says_by_whom() -> None:
-    """It was off for longer than replace-after, and a new machine has its hostname."""
-    wire = play(THREE_SERVERS)
-    play("ready d\ngo 10s\noff d\ngo 20s", wire)
-    d, other = wire.machines["d"], NodeId("d-z")
-    blank = Facts(fsync_ms=1.0)
-    site = replace(d.site, hardware="of d-z")
-    wire.machines[other] = Machine(other, site, Durable(node=other), blank)
-    play("on d-z\nmeet a b c d-z\ngo 400s\napply d-z done\nready d-z\ngo 10s", wire)
-    assert wire._kube.nodes["d"].node == other
-    d.facts = replace(blank, datastore=Datastore.AGENT, ca_hash=CA)
-    play("on d\nmeet a b c d d-z\ndeliver\ngo 5s\napply d done\ngo 200s", wire)
-    taken = "another name: d is the machine at "
-    assert taken in said(wire, "d")
-    assert "k3sagentd reset there" in said(wire, "d")
-
-
-def test_an_agent_follows_its_own_new_address_while_it_is_ready() -> None:
-    wire = play(THREE_SERVERS)
-    d = wire.machines["d"]
-    play("ready d\ngo 10s", wire)
-    before = d.order
-    wire._feed(d, AddressChanged(now_s=wire.now_s, address="10.0.9.99", also=("10.0.0.4",)))
-    assert d.order == before, "it has the old one as well"
-    wire._feed(d, AddressChanged(now_s=wire.now_s, address="10.0.9.99"))
-    assert d.order is not None
-    assert before is not None
-    assert (d.order.action, d.order.attempt) == (Action.JOIN, before.attempt + 1)
-    play("apply d done\ngo 600s", wire)
-    assert d.order.attempt == before.attempt + 1
 
 
 def test_k3s_that_its_unit_started_holds_data() -> None:
@@ -417,15 +193,3 @@ def test_k3s_that_its_unit_started_holds_data() -> None:
     assert not guards.holds_data(node_of(wire, "d"))
     feed(wire, "d", K3sState(running=True, ready=True, detail="ready"))
     assert guards.holds_data(node_of(wire, "d"))
-
-
-def test_who_has_data_does_not_leave_unasked_because_its_log_is_lost() -> None:
-    wire = play("site a b c nodes=3\ndisk a etcd " + CA + "\non a\nleave a stop\ngo 60s")
-    leaving = node_of(wire, "a").leaving
-    assert leaving is not None
-    assert not leaving.done
-    assert str(leaving.told).startswith("a peer that knows the site's cluster")
-    wire = play("site a b c nodes=3\non a\nleave a stop\ngo 5s")
-    leaving = node_of(wire, "a").leaving
-    assert leaving is not None
-    assert leaving.done, "it has nothing to leave"

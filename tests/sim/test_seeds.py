@@ -11,7 +11,7 @@ import pytest
 from tests.sim import coverage
 from tests.sim.dice import Dice, Fault
 from tests.sim.plan import Plan, calm, draw
-from tests.sim.planted import FAULTS
+from tests.sim.planted_faults import FAULTS
 from tests.sim.run import run
 from tests.sim.shrink import Shrinker, timeline
 
