@@ -77,7 +77,9 @@ def may_initialise(node: Node) -> bool:
         return False
     if node.is_forced:
         return True
-    newer = any(hello.log_length > len(node.log) for hello in node.up)
+    newer = any(
+        hello.generation > node.generation or hello.log_length > len(node.log) for hello in node.up
+    )
     return node.seen >= node.quorum and not newer
 
 

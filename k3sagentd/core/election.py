@@ -222,7 +222,7 @@ def advance(turn: Turn) -> None:
                 return
             value = bound.value if bound else proposal.wanted or _nomination(node, proposal)
             if value is None:
-                elsewhere = guards.cluster_elsewhere(node)
+                elsewhere = guards.cluster_out_of_sight(node) or guards.cluster_elsewhere(node)
                 # Only a person changes that: no write to each disk twice a minute until then.
                 reason = elsewhere or "no machine here may be a server"
                 back_off(turn, reason, limit_s=HOPELESS_BACKOFF_S)
@@ -267,7 +267,7 @@ def _nomination(node: Node, proposal: Preparing) -> Nominate | None:
     best = [hello.node for hello in ranking.ranked(node, hellos)]
     here = (own_hello(node), *node.up)
     has = [hello.node for hello in here if guards.claim(node, hello) is not None]
-    if not best or (has and best[0] not in has):
+    if not best or (has and best[0] not in has) or guards.cluster_out_of_sight(node):
         return None  # a nomination beside a cluster that is there would only be abandoned
     founders = best[: ranking.odd(min(node.site.servers, len(best)))]
     return Nominate(init=founders[0], servers=tuple(founders))

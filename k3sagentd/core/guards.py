@@ -285,11 +285,19 @@ def keeps_the_init_node(
 
 def foreign_nomination(node: Node, value: Value) -> str | None:
     """Why an acceptor refuses a nomination: its own disk says that there is a cluster already."""
-    mine = existing_cluster(node)
-    if not isinstance(value, Nominate) or mine is None or value.init == node.id:
+    if not isinstance(value, Nominate):
         return None
     init = node.peers.get(value.init)
-    if init is not None and claim(node, init.hello) == mine:
+    theirs = claim(node, init.hello) if init is not None else None
+    facts = node.facts
+    if facts is not None and facts.datastore is Datastore.AGENT:
+        if theirs is not None and facts.ca_hash in (None, theirs):
+            return None
+        return "is an agent of a cluster that the nominated node has not"
+    mine = existing_cluster(node)
+    if mine is None or value.init == node.id:
+        return None
+    if theirs == mine:
         return None
     return f"has K3s data of a cluster ({_cluster(mine)}) that the nominated node has not"
 
@@ -305,4 +313,34 @@ def cluster_elsewhere(node: Node) -> str | None:
     for hello in node.up:
         if claim(node, hello) is not None:
             return f"{node.name_of(hello.node)} has K3s data of a cluster already"
+    return None
+
+
+def cluster_out_of_sight(node: Node) -> str | None:
+    """Why a proposer nominates nobody: a cluster was heard of here, and its servers are not here.
+
+    Who was off for a minute comes back with its cluster; founding another meanwhile is for good.
+    A machine that has another identity now, as after ``k3sagentd reset``, is not missed.
+    """
+    here = {there for hello in node.up if (there := claim(node, hello))}
+    here |= {existing_cluster(node) or ""}
+    boards = {node.site.hardware, *(hello.hardware for hello in node.up)}
+    for peer in node.peers.values():
+        lost, there = peer.hello, claim(node, peer.hello)
+        if peer.up or there is None or there in here:
+            continue
+        if lost.hardware is not None and lost.hardware in boards:
+            continue
+        return (
+            f"{node.name_of(lost.node)}, which has K3s data of a cluster, to be on again; if it "
+            "is gone for good, systemctl restart k3sagentd on every machine"
+        )
+    agents = [hello.node for hello in node.up if hello.datastore is Datastore.AGENT]
+    if node.facts is not None and node.facts.datastore is Datastore.AGENT:
+        agents.append(node.id)
+    if agents and not any(here):
+        return (
+            f"a server of the cluster that {node.name_of(agents[0])} is an agent of; if that is "
+            "gone for good, k3sagentd reset there"
+        )
     return None

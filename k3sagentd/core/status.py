@@ -92,6 +92,8 @@ def _electing(node: Node, now_s: float) -> str:
     order = ranking.ranked(node, (own_hello(node), *node.up))
     if not order:
         return "a machine that may be a server: all here have role: agent or may not vote"
+    if (unheard := guards.cluster_out_of_sight(node)) is not None:
+        return unheard
     if (idle := _idle_cluster(node, order[0])) is not None:
         return (
             f"{idle}, which has K3s data of a cluster, to be able to lead: role: agent is set "

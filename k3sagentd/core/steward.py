@@ -129,6 +129,8 @@ def _work(node: Node, view: ClusterView, now_s: float) -> dict[str, Any] | None:
             continue
         if wish.step is not None:
             asked = wish.step is not LeaveStep.STOP and not _is_done(node, view, wish)
+            if _whose(node, kube, peer):
+                continue
             if asked and staying.refusal(node, kube, wish.step) is None:
                 return _leave_work(kube, wish)
         elif _is_in_the_way(kube, peer) and not _still_there(node, kube, peer, now_s):
@@ -272,23 +274,31 @@ def answer_leaver(turn: Turn, sender: NodeId, message: LeaveRequest) -> LeaveAns
     step, view = message.step, node.steward.view
     if not is_steward(node):
         return LeaveAnswer(step=step, done=False, waits_for="its server to be ready")
+    kube = _node_named(view, message.node_name) if view is not None else None
+    if kube is not None and (refused := _whose(node, kube, sender)):
+        return LeaveAnswer(step=step, done=False, refused=refused)
     wish = _wish(turn, sender, message.node_name, step=step)
     if view is None or _is_unseen(node, wish, now_s):
         waits_for = "the list of the cluster's Nodes to be read"
         return LeaveAnswer(step=step, done=False, waits_for=waits_for)
-    kube = _node_named(view, message.node_name)
     if _is_done(node, view, wish):
         if step is not LeaveStep.DRAIN:
             _forget(turn, sender)
         return LeaveAnswer(step=step, done=True)
     assert kube is not None, "who is not there is done"
-    if kube.node not in (None, sender):
-        refused: str | None = f"the Node {kube.name} is another machine's"
-    else:
-        refused = staying.refusal(node, kube, step)
+    refused = staying.refusal(node, kube, step)
     doing = DOING[step]
     waits_for = f"{doing}; {node.steward.reason}" if node.steward.reason else doing
     return LeaveAnswer(step=step, done=False, refused=refused, waits_for=waits_for)
+
+
+def _whose(node: Node, kube: KubeNode, leaver: NodeId) -> str | None:
+    """Why a Node is not the leaver's; without our label it is theirs who are heard by its name."""
+    named = {hello.node for hello in node.up if hello.node_name == kube.name}
+    owners = {kube.node} if kube.node is not None else named
+    if not owners or leaver in owners:
+        return None
+    return f"the Node {kube.name} is another machine's"
 
 
 def _is_done(node: Node, view: ClusterView, wish: Wish) -> bool:

@@ -4,7 +4,7 @@
 from dataclasses import replace
 
 from k3sagentd.core import status
-from k3sagentd.core.cluster import KubeNode
+from k3sagentd.core.cluster import Errand, ErrandResult, KubeNode
 from k3sagentd.core.k3s import Action, K3sState
 from k3sagentd.core.state import Leaving
 from tests.sim.scenario import Wire
@@ -122,3 +122,21 @@ def test_who_has_data_does_not_leave_unasked_because_its_log_is_lost() -> None:
     leaving = node_of(wire, "a").leaving
     assert leaving is not None
     assert leaving.done, "it has nothing to leave"
+
+
+def test_who_leaves_under_the_name_of_another_leaves_that_alone() -> None:
+    wire = play(THREE_SERVERS)
+    wire.machines["e"].site = replace(wire.machines["e"].site, hostname="d")
+    play("on e\nmeet a b c e\ndeliver\ngo 20s", wire)
+    asked: list[str] = []
+    do = wire._kube.do
+
+    def spy(errand: Errand) -> ErrandResult:
+        asked.extend(each for each in (errand.drain, errand.remove) if each)
+        return do(errand)
+
+    wire._kube.do = spy
+    for step in ("drain", "stop", "remove"):
+        play(f"leave e {step}\ngo 20s", wire)
+        assert leaving_of(wire, "e").refused == "the Node d is another machine's"
+    assert not asked
