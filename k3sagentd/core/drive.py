@@ -97,7 +97,7 @@ def _join(turn: Turn) -> None:
         return
     if is_other_role(node) and k3s_role(node) is ServerOrAgent.AGENT:
         # By the word of the others: three that are left of four are a quorum, one of two is none.
-        if leaving.may_stop(node):
+        if leaving.may_stop(node, turn.now_s):
             turn.set(k3s=K3sState())  # what a probe finds from here on is on its way out
             _ensure(turn, Action.STEP_DOWN)
         elif node.k3s.ready or not _is_entering(node, turn.now_s):

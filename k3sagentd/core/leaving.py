@@ -23,6 +23,9 @@ from k3sagentd.core.words import NodeId
 ASK_S = 2.0
 """Before a server is asked how far it is, or the next one."""
 
+GRANT_S = 10.0
+"""For how long a server's word that this one may stop counts: servers go off unasked."""
+
 
 def begin(turn: Turn, step: LeaveStep) -> None:
     """This step is wanted; one that is under way goes on, one that was refused is asked again."""
@@ -33,10 +36,11 @@ def begin(turn: Turn, step: LeaveStep) -> None:
         turn.set(leaving=Leaving(step=step))
 
 
-def may_stop(node: Node) -> bool:
-    """Whether the cluster can do without this server."""
+def may_stop(node: Node, now_s: float) -> bool:
+    """Whether the cluster can do without this server, by an answer that is as good as new."""
     leaving = node.leaving
-    return leaving is not None and leaving.step is LeaveStep.STOP and leaving.done
+    granted = leaving is not None and leaving.step is LeaveStep.STOP and leaving.done
+    return leaving is not None and granted and now_s < leaving.asked_s + GRANT_S
 
 
 def run(turn: Turn) -> None:

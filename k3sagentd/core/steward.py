@@ -121,7 +121,7 @@ def _work(node: Node, view: ClusterView, now_s: float) -> dict[str, Any] | None:
         # Who strikes itself out is no server any more, and could not give it back later.
         return {"roster": found, "release": node.id not in servers}
     for left in view.nodes:
-        if _is_left_over(node, left):
+        if _is_left_over(node, left, now_s):
             return {"remove": left.name, "uid": left.uid}
     for peer, wish in sorted(node.steward.wishes.items()):
         kube = _node_named(view, wish.node_name)
@@ -144,14 +144,19 @@ def _leave_work(kube: KubeNode, wish: Wish) -> dict[str, Any]:
     return {"remove": kube.name, "uid": kube.uid, "dead": False}
 
 
-def _is_left_over(node: Node, kube: KubeNode) -> bool:
-    """A server's Node that is dead and that the roster does not list: its member must go."""
+def _is_left_over(node: Node, kube: KubeNode, now_s: float) -> bool:
+    """A server's Node that is dead and that the roster does not list: its member must go.
+
+    Adopted servers may be members that no roster lists; such a one may just be starting anew.
+    """
     owner = staying.owner_of(node, kube)
     if node.roster.revision == 0 or not kube.server or kube.ready or owner is None:
         return False
     if owner in node.roster.servers:
         return False
     peer = node.peers.get(owner)
+    if peer is not None and not peer.up and peer.hello.adopted:
+        return roster.is_gone(node, owner, now_s)
     return peer is None or not peer.up or not peer.hello.member
 
 

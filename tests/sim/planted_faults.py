@@ -192,8 +192,8 @@ FAULTS = (
         1000,
         (
             f"{CORE}.guards:foreign_nomination",
-            "if not isinstance(value, Nominate) or mine",
-            "if mine",
+            "if not isinstance(value, Nominate):",
+            "if True:",
         ),
         (
             f"{CORE}.guards:existing_cluster",

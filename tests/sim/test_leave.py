@@ -140,3 +140,22 @@ def test_who_leaves_under_the_name_of_another_leaves_that_alone() -> None:
         play(f"leave e {step}\ngo 20s", wire)
         assert leaving_of(wire, "e").refused == "the Node d is another machine's"
     assert not asked
+
+
+def test_a_grant_of_hours_ago_is_none() -> None:
+    wire = play(THREE_SERVERS)
+    slow_to_miss(wire)
+    play("leave c stop\ngo 5s", wire)
+    assert leaving_of(wire, "c").done
+    play(
+        "go 7200s\nrole d server\noff d\non d\nmeet a b c d\nready d\ndeliver\ngo 4s\n"
+        "apply d done\ndeliver\ngo 4s\napply d done\ndeliver",
+        wire,
+    )
+    c = wire.machines["c"]
+    c.met -= {"a", "b", "d"}  # what they tell comes late, and b goes off meanwhile
+    play("probed d\ndeliver\ngo 1s\noff b\ngo 1s", wire)
+    c.met |= {"a", "d"}
+    play("meet a c d\ndeliver\ngo 30s", wire)
+    assert c.order is not None
+    assert c.order.action is not Action.STEP_DOWN

@@ -193,3 +193,22 @@ def test_k3s_that_its_unit_started_holds_data() -> None:
     assert not guards.holds_data(node_of(wire, "d"))
     feed(wire, "d", K3sState(running=True, ready=True, detail="ready"))
     assert guards.holds_data(node_of(wire, "d"))
+
+
+def test_an_adopted_server_that_no_roster_lists_may_reboot() -> None:
+    wire = play("site a b c d m n e nodes=3 servers=3")
+    for name in "abcd":
+        wire.machines[name].facts = Facts(
+            fsync_ms=1.0, datastore=Datastore.ETCD, ca_hash=CA, node_name=name
+        )
+    play(
+        "on a b m\nmeet a b m\ndeliver\ngo 10s\napply a done\nready a\ndeliver\napply b done\n"
+        "ready b\napply m done\ngo 4s\napply m done\nready m\ndeliver\ngo 10s\noff m\non n\n"
+        "meet a b n\ngo 700s\napply n done\ngo 4s\napply n done\nready n\ngo 30s\n"
+        "on c d\nmeet a b n c d\ngo 20s\napply c done\nready c\napply d done\nready d\ngo 400s",
+        wire,
+    )
+    assert wire._kube.roster is not None
+    assert "c" not in wire._kube.roster.servers
+    play("off c\ngo 45s\non e\nmeet a b n d e\ngo 60s", wire)
+    assert "c" in wire._kube.nodes
