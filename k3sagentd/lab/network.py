@@ -27,6 +27,8 @@ def run(*command: str, stdin: str | None = None) -> str:
         done = subprocess.run(
             command, input=stdin, capture_output=True, text=True, check=False, timeout=30
         )
+    except subprocess.TimeoutExpired as error:
+        raise MachineError(f"{' '.join(command)}: no end after {error.timeout:.0f} s") from error
     except FileNotFoundError as error:
         raise UnavailableError(f"{command[0]} is missing; make lab installs it") from error
     if done.returncode:

@@ -24,8 +24,8 @@ from k3sagentd.files import write_atomically
 from k3sagentd.lab import network
 
 MACHINES_LIMIT = 100
-KILL_TIMEOUT_S = 10.0
-BOOT_TIMEOUT_S = 30.0
+KILL_TIMEOUT_S = 180.0
+BOOT_TIMEOUT_S = 180.0
 DIRECTORIES = (
     "etc/k3sagentd",
     "etc/keepalived",

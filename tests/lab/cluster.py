@@ -98,6 +98,18 @@ def end(name: str, *words: str, by: signal.Signals = signal.SIGTERM) -> None:
         time.sleep(0.05)
 
 
+def leaves(lab: Bench, name: str) -> None:
+    """``k3sagentd leave``, again where a Node that was not ready for a moment had it refused."""
+    command = [sys.executable, "-m", "k3sagentd", "leave", "--yes"]
+    left = site.load().machine(name) / "etc/k3sagentd/left"
+
+    def has_left(views: dict[str, dict]) -> bool:
+        lab.run("exec", name, "--", *command, check=False)
+        return left.exists()
+
+    lab.until(has_left)
+
+
 def restart_daemon(lab: Bench, name: str) -> None:
     """``systemctl restart k3sagentd``; returns once it is in the cluster (again).
 

@@ -20,6 +20,7 @@ from tests.lab.cluster import (
     has_password,
     init_machine,
     k3sagentd,
+    leaves,
     nodes,
     refused,
     restart_daemon,
@@ -131,8 +132,7 @@ def test_roles_are_changed_by_hand(lab: Bench) -> None:
     with QuorumWatch(witness, fewest=3):
         # Another becomes a server first, then it steps down.
         configure(server, role="agent")
-        lab.run("kill", server)
-        lab.run("start", server)
+        restart_daemon(lab, server)
         lab.until(lambda v: server in agents(v))
         views = whole(lab)
         assert agent in servers(views)
@@ -190,7 +190,7 @@ def test_a_server_leaves(lab: Bench) -> None:
     before = lab.views()
     server, witness, *_ = servers(before)
     with QuorumWatch(witness):
-        k3sagentd(lab, server, "leave", YES)
+        leaves(lab, server)
         lab.until(lambda v: server not in v)
         assert server not in nodes(witness)
         assert address(server) not in voters(witness)

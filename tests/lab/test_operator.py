@@ -11,7 +11,7 @@ from k3sagentd.core.words import NodeId
 from k3sagentd.k3s.errand import read_result, write_errand
 from k3sagentd.lab import network, site
 from k3sagentd.paths import Paths
-from tests.lab.cluster import agents, cluster_id, files, said, servers
+from tests.lab.cluster import agents, cluster_id, files, leaves, said, servers
 from tests.lab.conftest import FAST, Bench, agreed, complete
 
 STAND_IN = ("--stand-in", "promote_s=2", "--stand-in", "node_grace_s=4")
@@ -242,7 +242,7 @@ def _said(lab: Bench, name: str, *command: str) -> str:
 
 def test_a_server_leaves_and_the_cluster_goes_on(lab: Bench) -> None:
     lab.run("up", "--nodes", "3", "--wait", "complete", *ALL)
-    k3sagentd(lab, "node3", "leave", YES)
+    leaves(lab, "node3")
     assert (site.load().machine("node3") / "etc/k3sagentd/left").exists()
     assert "http://10.77.0.13:2380" not in members(lab, "node1"), lab.logs()
     views = lab.until(lambda v: "node3" not in v and ready(v, "node1", "node2"))

@@ -351,7 +351,10 @@ def test_the_token_is_rotated_and_crowds_are_told_to_wait(hands: Callable[..., H
     at.configure(two, server=at.url(one), token=at.secure(one))
     at.up(two)
     answers = json.loads(at.inside(one, sys.executable, "-c", CROWD, TOKEN, "30"))
-    assert sorted(answers) == [[200, None]] * 20 + [[429, "1"]] * 10
+    # Who comes when the first were answered is served as well.
+    assert len(answers) == 30
+    assert answers.count([200, None]) >= 20
+    assert answers.count([429, "1"]) == 30 - answers.count([200, None]) > 0
 
     seal = at.path(two, "/var/lib/rancher/k3s/server/token-hash")
     before = seal.read_text()

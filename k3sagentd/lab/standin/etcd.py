@@ -99,7 +99,7 @@ class Etcd:
         if self._process is None or self._process.poll() is None:
             return
         if self._reader is not None:
-            self._reader.join(1.0)
+            self._reader.join()
         if self._removed and self._tombstone:
             (self.directory / TOMBSTONE).write_bytes(b"")
             fatal(
