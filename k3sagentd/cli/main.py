@@ -81,11 +81,17 @@ def parser(*, with_lab: bool = True) -> argparse.ArgumentParser:
     )
     create = token.add_parser("create", help="write a new token; never overwrites one")
     create.add_argument("--file", type=Path, help="default: /etc/k3sagentd/token")
-    create.add_argument("--next", action="store_true", help="one for the site to change to")
+    create.add_argument(
+        "--next", action="store_true", help="write token.next, which the site is to change to"
+    )
     create.set_defaults(run=_token_create)
-    rotate = token.add_parser("rotate", help="show the next token, still taking the one before")
+    rotate = token.add_parser(
+        "rotate", help="go over to token.next here; the old token is still taken"
+    )
     rotate.set_defaults(run=_token_rotate)
-    forget = token.add_parser("forget", help="take the token before the rotation no more")
+    forget = token.add_parser(
+        "forget", help="take the old token no more; its file is overwritten and removed"
+    )
     forget.set_defaults(run=_token_forget)
     config = commands.add_parser("config", help="the configuration").add_subparsers(
         dest="config_command", required=True, metavar="COMMAND"
@@ -96,7 +102,11 @@ def parser(*, with_lab: bool = True) -> argparse.ArgumentParser:
     force.add_argument("--force", action="store_true", required=True)
     leave = add("leave", "take this machine out of its cluster, which goes on", _leave)
     repair = add("repair-addresses", "get a server whose address changed back into etcd", _repair)
-    reset = add("reset", "make this machine as it was before its first start", _reset)
+    reset = add(
+        "reset",
+        "delete K3s, its data and this machine's identity; configuration and token stay",
+        _reset,
+    )
     for command in (force, leave, repair, reset):
         command.add_argument("--yes", action="store_true", help="do not ask")
     if with_lab:
