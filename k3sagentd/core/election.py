@@ -95,6 +95,7 @@ def _refusal(
         guards.counts_otherwise(node, sender, message.nodes)
         or guards.may_not_vote(node)
         or guards.keeps_the_init_node(node, sender, what, turn.now_s)
+        or guards.nominates_out_of_sight(node, what)
     )
 
 

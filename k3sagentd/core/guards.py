@@ -302,6 +302,13 @@ def foreign_nomination(node: Node, value: Value) -> str | None:
     return f"has K3s data of a cluster ({_cluster(mine)}) that the nominated node has not"
 
 
+def nominates_out_of_sight(node: Node, what: Intent | Value) -> str | None:
+    """Why an acceptor refuses to nominate: it heard of a cluster that the proposer may not know."""
+    nominates = what is Intent.NOMINATE or isinstance(what, Nominate)
+    unheard = cluster_out_of_sight(node) if nominates else None
+    return f"waits for {unheard}" if unheard else None
+
+
 def cluster_elsewhere(node: Node) -> str | None:
     """Why an init node gives its epoch up: another machine has a cluster, and it has none.
 
@@ -316,23 +323,28 @@ def cluster_elsewhere(node: Node) -> str | None:
     return None
 
 
+def is_installed_anew(node: Node, machine: NodeId) -> bool:
+    """Whether the hardware of a node that is gone is here under another identity."""
+    peer = node.peers.get(machine)
+    mark = peer.hello.hardware if peer is not None else None
+    here = (node.site.hardware, *(hello.hardware for hello in node.up))
+    return mark is not None and mark in here
+
+
 def cluster_out_of_sight(node: Node) -> str | None:
-    """Why a proposer nominates nobody: a cluster was heard of here, and its servers are not here.
+    """Why nobody is nominated: a cluster was heard of here, and its servers are not here.
 
     Who was off for a minute comes back with its cluster; founding another meanwhile is for good.
     A machine that has another identity now, as after ``k3sagentd reset``, is not missed.
     """
     here = {there for hello in node.up if (there := claim(node, hello))}
     here |= {existing_cluster(node) or ""}
-    boards = {node.site.hardware, *(hello.hardware for hello in node.up)}
     for peer in node.peers.values():
-        lost, there = peer.hello, claim(node, peer.hello)
-        if peer.up or there is None or there in here:
-            continue
-        if lost.hardware is not None and lost.hardware in boards:
+        lost, there = peer.hello.node, claim(node, peer.hello)
+        if peer.up or there is None or there in here or is_installed_anew(node, lost):
             continue
         return (
-            f"{node.name_of(lost.node)}, which has K3s data of a cluster, to be on again; if it "
+            f"{node.name_of(lost)}, which has K3s data of a cluster, to be on again; if it "
             "is gone for good, systemctl restart k3sagentd on every machine"
         )
     agents = [hello.node for hello in node.up if hello.datastore is Datastore.AGENT]

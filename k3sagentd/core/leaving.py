@@ -39,8 +39,9 @@ def begin(turn: Turn, step: LeaveStep) -> None:
 def may_stop(node: Node, now_s: float) -> bool:
     """Whether the cluster can do without this server, by an answer that is as good as new."""
     leaving = node.leaving
-    granted = leaving is not None and leaving.step is LeaveStep.STOP and leaving.done
-    return leaving is not None and granted and now_s < leaving.asked_s + GRANT_S
+    if leaving is None or leaving.step is not LeaveStep.STOP:
+        return False
+    return leaving.done and now_s < leaving.asked_s + GRANT_S
 
 
 def run(turn: Turn) -> None:

@@ -203,7 +203,7 @@ def unserved(node: Node, now_s: float) -> str | None:
         return None  # its machine is heard: what is wrong with its K3s, it says itself
     for_long = duration(now_s - since_s)
     names = ", ".join(node.name_of(each) for each in servers)
-    if len(servers) == 1 and _is_installed_anew(node, servers[0]):
+    if len(servers) == 1 and guards.is_installed_anew(node, servers[0]):
         return (
             f"a person: {names}, the cluster's only server, was installed anew, and the cluster "
             "went with its disk; k3sagentd cluster-init --force on one machine starts a new one"
@@ -219,14 +219,6 @@ def unserved(node: Node, now_s: float) -> str | None:
         "or, if their disks are lost for good, k3sagentd cluster-init --force on another machine "
         "starts a new, empty cluster"
     )
-
-
-def _is_installed_anew(node: Node, machine: NodeId) -> bool:
-    """Whether the hardware of a node that is gone is here under another identity."""
-    peer = node.peers.get(machine)
-    mark = peer.hello.hardware if peer is not None else None
-    here = (own_hello(node), *node.up)
-    return mark is not None and any(hello.hardware == mark for hello in here)
 
 
 def _result(node: Node, now_s: float) -> str:

@@ -128,9 +128,9 @@ def _work(node: Node, view: ClusterView, now_s: float) -> dict[str, Any] | None:
         if kube is None or now_s >= wish.heard_s + WISH_S:
             continue
         if wish.step is not None:
-            asked = wish.step is not LeaveStep.STOP and not _is_done(node, view, wish)
-            if _whose(node, kube, peer):
+            if _is_anothers(node, kube, peer):
                 continue
+            asked = wish.step is not LeaveStep.STOP and not _is_done(node, view, wish)
             if asked and staying.refusal(node, kube, wish.step) is None:
                 return _leave_work(kube, wish)
         elif _is_in_the_way(kube, peer) and not _still_there(node, kube, peer, now_s):
@@ -280,8 +280,9 @@ def answer_leaver(turn: Turn, sender: NodeId, message: LeaveRequest) -> LeaveAns
     if not is_steward(node):
         return LeaveAnswer(step=step, done=False, waits_for="its server to be ready")
     kube = _node_named(view, message.node_name) if view is not None else None
-    if kube is not None and (refused := _whose(node, kube, sender)):
-        return LeaveAnswer(step=step, done=False, refused=refused)
+    if kube is not None and _is_anothers(node, kube, sender):
+        anothers = f"the Node {kube.name} is another machine's"
+        return LeaveAnswer(step=step, done=False, refused=anothers)
     wish = _wish(turn, sender, message.node_name, step=step)
     if view is None or _is_unseen(node, wish, now_s):
         waits_for = "the list of the cluster's Nodes to be read"
@@ -297,13 +298,12 @@ def answer_leaver(turn: Turn, sender: NodeId, message: LeaveRequest) -> LeaveAns
     return LeaveAnswer(step=step, done=False, refused=refused, waits_for=waits_for)
 
 
-def _whose(node: Node, kube: KubeNode, leaver: NodeId) -> str | None:
-    """Why a Node is not the leaver's; without our label it is theirs who are heard by its name."""
-    named = {hello.node for hello in node.up if hello.node_name == kube.name}
-    owners = {kube.node} if kube.node is not None else named
-    if not owners or leaver in owners:
-        return None
-    return f"the Node {kube.name} is another machine's"
+def _is_anothers(node: Node, kube: KubeNode, leaver: NodeId) -> bool:
+    """Whether a Node is not the leaver's: two machines may have one hostname."""
+    owner = staying.owner_of(node, kube)
+    if owner is None and kube.name == node.durable.node_name:
+        owner = node.id
+    return owner not in (None, leaver)
 
 
 def _is_done(node: Node, view: ClusterView, wish: Wish) -> bool:

@@ -4,7 +4,7 @@ a probe finds K3s ready, and nobody has looked at the disk again since K3s began
 
 from k3sagentd.core import status
 from k3sagentd.core.events import K3sProbed
-from k3sagentd.core.k3s import K3sState, ServerOrAgent
+from k3sagentd.core.k3s import Datastore, Facts, K3sState, ServerOrAgent
 from k3sagentd.core.state import Node
 from tests.sim.scenario import Wire
 
@@ -42,6 +42,23 @@ def play(commands: str, wire: Wire | None = None) -> Wire:
         else:
             wire.obey(command)
     return wire
+
+
+def adopted(names: str, site: str) -> Wire:
+    """``names`` have a cluster of before. All but a and b are off while it is adopted, so that the
+    roster is a, b and n, which took the place of m."""
+    wire = Wire()
+    wire.obey(f"site {site} nodes=3 servers=3")
+    for name in names:
+        wire.machines[name].facts = Facts(
+            fsync_ms=1.0, datastore=Datastore.ETCD, ca_hash=CA, node_name=name
+        )
+    return play(
+        "on a b m\nmeet a b m\ndeliver\ngo 10s\napply a done\nready a\ndeliver\napply b done\n"
+        "ready b\napply m done\ngo 4s\napply m done\nready m\ndeliver\ngo 10s\noff m\non n\n"
+        "meet a b n\ngo 700s\napply n done\ngo 4s\napply n done\nready n\ngo 30s",
+        wire,
+    )
 
 
 def probed(wire: Wire, name: str) -> None:

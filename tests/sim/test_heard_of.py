@@ -3,8 +3,10 @@
 
 from collections.abc import Iterable
 
+from k3sagentd.core import guards
 from k3sagentd.core.k3s import Action, Datastore, Facts
 from k3sagentd.core.log import Nominate
+from k3sagentd.core.words import NodeId
 from tests.sim.scenario import Wire
 from tests.sim.scenes import CA, node_of, play, said
 
@@ -50,6 +52,28 @@ def test_who_was_reset_is_not_missed() -> None:
     new.site = old.site
     play("role d auto\non d\nmeet a b d\ndeliver\ngo 900s", wire)
     assert nominated(wire, "a")
+
+
+def test_who_has_not_heard_of_a_cluster_is_not_voted_for_by_who_has() -> None:
+    wire = play(
+        f"site a b c d nodes=3\ndisk c etcd {CA}\nrole c agent\non a b c\nmeet a b c\ngo 60s\n"
+        "off c\ngo 120s\non d\nmeet a b d\ndeliver\ngo 900s"
+    )
+    assert not nominated(wire, "a")
+    assert "waits for c, which has K3s data of a cluster, to be on again" in said(wire, "d")
+
+
+def test_an_agent_votes_for_its_own_cluster_alone() -> None:
+    wire = play(f"site a b c nodes=3\ndisk c etcd {CA}\non a b c\nmeet a b c")
+    a = node_of(wire, "a").but(facts=AGENT)
+
+    def refused(init: str) -> str | None:
+        founder = NodeId(init)
+        return guards.foreign_nomination(a, Nominate(init=founder, servers=(founder,)))
+
+    assert refused("c") is None
+    for other in "ab":
+        assert refused(other) == "is an agent of a cluster that the nominated node has not"
 
 
 def test_agents_found_no_cluster_beside_theirs() -> None:

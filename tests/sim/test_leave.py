@@ -3,10 +3,11 @@
 
 from dataclasses import replace
 
-from k3sagentd.core import status
+from k3sagentd.core import status, steward
 from k3sagentd.core.cluster import Errand, ErrandResult, KubeNode
 from k3sagentd.core.k3s import Action, K3sState
 from k3sagentd.core.state import Leaving
+from k3sagentd.core.words import NodeId
 from tests.sim.scenario import Wire
 from tests.sim.scenes import CA, THREE_SERVERS, feed, node_of, play
 
@@ -140,6 +141,14 @@ def test_who_leaves_under_the_name_of_another_leaves_that_alone() -> None:
         play(f"leave e {step}\ngo 20s", wire)
         assert leaving_of(wire, "e").refused == "the Node d is another machine's"
     assert not asked
+
+
+def test_an_adopted_stewards_own_node_is_nobody_elses() -> None:
+    """K3s had it before us, without our label."""
+    wire = play(THREE_SERVERS)
+    own = replace(wire._kube.nodes["a"], node=None)
+    assert steward._is_anothers(node_of(wire, "a"), own, NodeId("e"))
+    assert not steward._is_anothers(node_of(wire, "a"), own, NodeId("a"))
 
 
 def test_a_grant_of_hours_ago_is_none() -> None:

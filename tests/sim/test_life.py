@@ -11,7 +11,7 @@ from k3sagentd.core.hello import server_url
 from k3sagentd.core.k3s import Action, Datastore, Facts, K3sState, ServerOrAgent
 from k3sagentd.core.state import PEERS_LIMIT, Peer
 from k3sagentd.core.words import NodeId, NodePhase
-from tests.sim.scenes import CA, THREE_SERVERS, feed, node_of, play, said
+from tests.sim.scenes import CA, THREE_SERVERS, adopted, feed, node_of, play, said
 
 
 def test_a_server_whose_k3s_is_stopped_for_a_while_stays_a_member() -> None:
@@ -83,17 +83,7 @@ def test_a_machine_that_goes_off_each_time_k3s_starts_is_not_the_init_node_for_e
 
 
 def test_an_adopted_server_that_the_roster_does_not_know_is_one() -> None:
-    wire = play("site a b c m n nodes=3 servers=3")
-    for name in "abc":
-        wire.machines[name].facts = Facts(
-            fsync_ms=1.0, datastore=Datastore.ETCD, ca_hash=CA, node_name=name
-        )
-    play(
-        "on a b m\nmeet a b m\ndeliver\ngo 10s\napply a done\nready a\ndeliver\napply b done\n"
-        "ready b\napply m done\ngo 4s\napply m done\nready m\ndeliver\ngo 10s\noff m\non n\n"
-        "meet a b n\ngo 700s\napply n done\ngo 4s\napply n done\nready n\ngo 30s",
-        wire,
-    )
+    wire = adopted("abc", "a b c m n")
     assert wire._kube.roster is not None
     play("on c\nmeet a b n c\ngo 20s", wire)
     order = wire.machines["c"].order
@@ -196,15 +186,8 @@ def test_k3s_that_its_unit_started_holds_data() -> None:
 
 
 def test_an_adopted_server_that_no_roster_lists_may_reboot() -> None:
-    wire = play("site a b c d m n e nodes=3 servers=3")
-    for name in "abcd":
-        wire.machines[name].facts = Facts(
-            fsync_ms=1.0, datastore=Datastore.ETCD, ca_hash=CA, node_name=name
-        )
+    wire = adopted("abcd", "a b c d m n e")
     play(
-        "on a b m\nmeet a b m\ndeliver\ngo 10s\napply a done\nready a\ndeliver\napply b done\n"
-        "ready b\napply m done\ngo 4s\napply m done\nready m\ndeliver\ngo 10s\noff m\non n\n"
-        "meet a b n\ngo 700s\napply n done\ngo 4s\napply n done\nready n\ngo 30s\n"
         "on c d\nmeet a b n c d\ngo 20s\napply c done\nready c\napply d done\nready d\ngo 400s",
         wire,
     )
