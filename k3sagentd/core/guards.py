@@ -185,6 +185,18 @@ def _cluster(existing: str) -> str:
     return f"CA {existing[:12]}" if len(existing) == 64 else existing
 
 
+def settled_s(node: Node) -> float:
+    """From when on who is heard counts as all there are.
+
+    ``nodes`` machines are complete (design, 4.3); but they may be late ones, that hear each other
+    a moment before the cluster which is there.
+    """
+    site, new_s = node.site, max(node.attached_s, node.last_new_s)
+    if node.nodes == 1:
+        return new_s + max(site.settle_s, site.alone_s)
+    return new_s + (min(site.settle_s, site.look_s) if node.seen == node.nodes else site.settle_s)
+
+
 def disagreement(node: Node) -> str | None:
     """A peer is configured for another site size, so two quorums might not meet (design, 3)."""
     for hello in node.up:

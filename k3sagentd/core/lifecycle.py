@@ -67,11 +67,9 @@ def nobody_is_nominated(turn: Turn) -> bool:
 
 
 def may_elect(turn: Turn) -> bool:
-    """All expected machines are here; or a quorum is, and nothing new came for a while."""
+    """A quorum is here, and whoever else may be had the time to be heard."""
     node = turn.node
-    if guards.may_not_propose(node) is not None:
-        return False
-    return node.seen == node.nodes or turn.now_s >= node.last_new_s + node.site.settle_s
+    return guards.may_not_propose(node) is None and turn.now_s >= guards.settled_s(node)
 
 
 def may_not_elect(turn: Turn) -> bool:

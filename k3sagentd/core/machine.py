@@ -112,7 +112,7 @@ def _absorb(turn: Turn, event: Event) -> None:
         case MessageReceived(sender=sender, message=message):
             _on_message(turn, sender, message)
         case AddressChanged(address=address, also=also):
-            turn.set(address=address, also=also)
+            _on_address(turn, address, also)
         case FactsRead(facts=facts):
             drive.on_seen(turn, facts=facts)
         case ResultRead(result=result):
@@ -131,6 +131,13 @@ def _absorb(turn: Turn, event: Event) -> None:
             turn.set(storage_failure=None)
         case _:
             assert_never(event)
+
+
+def _on_address(turn: Turn, address: str | None, also: tuple[str, ...]) -> None:
+    """Another address, another network perhaps: who is there is not known yet."""
+    if address != turn.node.address:
+        turn.set(attached_s=turn.now_s if address is not None else math.inf)
+    turn.set(address=address, also=also)
 
 
 # --- messages -------------------------------------------------------------------------------
@@ -297,7 +304,7 @@ def _deadlines(node: Node) -> Iterator[float]:
     elif plan := _plan(node, -math.inf):
         yield plan[0]
     if node.phase is NodePhase.DISCOVERING and guards.may_not_propose(node) is None:
-        yield node.last_new_s + node.site.settle_s
+        yield guards.settled_s(node)
     if (due_s := drive.order_due_s(node.drive)) is not None:
         yield due_s
     if node.phase is NodePhase.JOINING:

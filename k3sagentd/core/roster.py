@@ -225,6 +225,10 @@ def _next(
         fewer = kept if _may_shrink(node, len(kept), now_s) else current
         if surplus and not waits and len(fewer) % 2 == 0 and len(fewer) > node.site.servers:
             fewer = tuple(each for each in fewer if each != surplus[-1].node)
+        elif len(fewer) % 2 == 0:
+            # Who has not come in yet waits for the dead one to be prepared: it is asked again.
+            outside = [h.node for h in here if h.node in fewer and not h.member]
+            fewer = tuple(each for each in fewer if each not in outside[-1:])
         return fewer if fewer != current and len(fewer) % 2 else None
     taken_over = node.roster.revision > 0 and len(current) % 2 == 0
     if surplus and taken_over:

@@ -40,6 +40,11 @@ class Site:
     instance: str
     port: int = 6440
     settle_s: float = 3.0
+    look_s: float = 1.0
+    """How long all ``nodes`` machines look for more: those of one network are heard together."""
+    alone_s: float = 10.0
+    """How long one machine that is the whole site looks for others at least, as no other's word
+    keeps it: mDNS asks four times until then, at growing intervals (RFC 6762, section 5.2)."""
     abandon_after_s: float = 1800.0
     replace_after_s: float = 1800.0
     fixed_addresses: tuple[str, ...] = ()
@@ -270,6 +275,8 @@ class Node:
     short_since_s: float | None = None
     """Since when fewer servers are ready than the site should have."""
     address: str | None = None
+    attached_s: float = float("inf")
+    """Since when it has that address, and with it a network to look at."""
     also: tuple[str, ...] = ()
     """Further addresses that this machine has."""
     storage_failure: str | None = None

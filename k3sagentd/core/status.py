@@ -21,7 +21,7 @@ from k3sagentd.core import (
     standing,
 )
 from k3sagentd.core.hello import has_etcd, k3s_role, own_hello
-from k3sagentd.core.k3s import Outcome, ServerOrAgent
+from k3sagentd.core.k3s import Action, Outcome, ServerOrAgent
 from k3sagentd.core.messages import Hello
 from k3sagentd.core.state import Accepting, Node, Preparing
 from k3sagentd.core.words import NodeId, NodePhase, Role
@@ -75,7 +75,9 @@ def _discovering(node: Node, now_s: float) -> str:
         return node.durable.muted or trouble
     if trouble := guards.may_not_propose(node):
         return trouble
-    left_s = max(0.0, node.last_new_s + node.site.settle_s - now_s)
+    left_s = max(0.0, guards.settled_s(node) - now_s)
+    if node.nodes == 1:
+        return f"nobody to be heard: looks for a cluster that is there already, {left_s:.0f} s more"
     return f"{node.seen} of {node.nodes} machines here; the others have {left_s:.0f} s more to come"
 
 
@@ -182,7 +184,8 @@ def _joining(node: Node, now_s: float) -> str:
         return _result(node, now_s)
     barrier = standing.join_barrier(node)
     if node.phase is NodePhase.JOINING and not standing.is_member(node):
-        if node.drive.prepared and barrier is not None and not node.drive.registration:
+        prepares = node.drive.order is not None and node.drive.order.action is Action.PREPARE
+        if node.drive.prepared and barrier is not None and prepares:
             return barrier
         if node.drive.told is not None and not node.drive.registration:
             return node.drive.told

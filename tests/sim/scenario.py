@@ -7,7 +7,8 @@ comment. The nodes are real cores on a wire of memory; nothing moves but by a co
 
 - ``site a b c nodes=3 [servers=N]``: machines that are off; a rank is by place (a before b)
 - ``on a b``, ``off a``: power; what was persisted stays, and whoever met a loses it
-- ``meet a b c``: each of them hears of each other; ``part a b``: they lose each other
+- ``meet a b c``: each of them hears of each other, and whether those are all
+- ``part a b``: they lose each other
 - ``deliver``: messages in flight and errands of root, until none is left; ``deliver a->b`` only
   those, once
 - ``drop a->b``: messages in flight are lost; ``repeat a->b``: they will arrive twice
@@ -184,6 +185,7 @@ class Wire:
             election_key=KEY,
             hostname=name,
             instance="",
+            look_s=0.0,
             abandon_after_s=60.0,
             replace_after_s=300.0,
             hardware=f"hardware of {name}",

@@ -4,7 +4,7 @@
 from dataclasses import replace
 
 from k3sagentd.core.events import AddressChanged
-from k3sagentd.core.k3s import Action, Datastore, Facts
+from k3sagentd.core.k3s import Action, Datastore, Facts, ServerOrAgent
 from k3sagentd.core.state import Durable
 from k3sagentd.core.words import NodeId, NodePhase
 from tests.sim.scenario import Machine
@@ -91,3 +91,20 @@ def test_an_agent_follows_its_own_new_address_while_it_is_ready() -> None:
     assert (d.order.action, d.order.attempt) == (Action.JOIN, before.attempt + 1)
     play("apply d done\ngo 600s", wire)
     assert d.order.attempt == before.attempt + 1
+
+
+def test_a_dead_server_and_one_that_comes_in_do_not_wait_for_each_other() -> None:
+    """The one waited for the dead to be prepared, the roster for the one to be ready."""
+    wire = play(THREE_SERVERS)
+    play("off d\nrole d server\nrole e server\non d e\nmeet a b c d e\ngo 10s\nready d", wire)
+    play("go 10s\noff d\napply e done\ngo 100s", wire)
+    assert said(wire, "e") == "d to be prepared (servers join when all are)"
+    play("go 300s\napply e done\ngo 30s", wire)
+    order = wire.machines["e"].order
+    assert order is not None
+    assert (order.action, order.role) == (Action.JOIN, ServerOrAgent.SERVER)
+    play("ready e\ngo 700s", wire)
+    servers = node_of(wire, "a").roster.servers
+    assert len(servers) == 3
+    assert "e" in servers, "it takes another's place, as was asked for"
+    assert "d" not in servers

@@ -36,7 +36,7 @@ FOUND = {
     7035: "a clone took another name and joined beside its twin",
     4811: "the one server too many was one from before, which is not ours to demote",
     4427: "the Node of an adopted server that was gone for good stayed",
-    13628: "a server that died while it took over from another stayed a member of etcd",
+    13628: "a dead server and one that was to come in waited for each other",
     17006: "a clone took the nomination of its twin for its own",
     25620: "a server of another cluster counted as one of the site's",
     29934: "an adopted init node that etcd had removed founded another cluster",
@@ -84,8 +84,8 @@ def test_a_failing_run_is_made_small(monkeypatch: pytest.MonkeyPatch) -> None:
     from k3sagentd.core import paxos
 
     monkeypatch.setattr(paxos, "constrained", lambda promises: None)
-    seed = next(seed for seed in range(500) if run(draw(seed)).failed)
-    before = run(draw(seed))
+    runs = (run(draw(seed)) for seed in range(500))
+    before = next(each for each in runs if each.failed and each.struck and each.plan.happenings)
     after = Shrinker(before).shrink()
     assert after.failed == before.failed
     assert len(after.struck) * 2 < len(before.struck)

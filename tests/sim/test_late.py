@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Late machines that would be a quorum by themselves: they look for a cluster before they are all
+there is. Each was a bug."""
+
+from dataclasses import replace
+
+import pytest
+
+from k3sagentd.core.events import AddressChanged
+from k3sagentd.core.k3s import Action
+from k3sagentd.core.words import NodePhase
+from tests.sim.scenario import Wire
+from tests.sim.scenes import node_of, play, said
+from tests.sim.test_promise import site, until
+
+
+def attached(wire: Wire, names: str) -> None:
+    """The network is there only now."""
+    for name in names:
+        address = f"10.0.9.{ord(name)}"
+        wire._feed(wire.machines[name], AddressChanged(now_s=wire.now_s, address=address))
+
+
+def actions(wire: Wire, names: str) -> list[Action | None]:
+    orders = [wire.machines[name].order for name in names]
+    return [order.action if order is not None else None for order in orders]
+
+
+def test_who_is_a_quorum_alone_looks_at_the_network_first() -> None:
+    wire = play("site a b nodes=1\non a\ngo 11s\napply a done\nprobed a\ndeliver\non b\ngo 9s")
+    assert actions(wire, "b") == [None]
+    assert said(wire, "b") == (
+        "nobody to be heard: looks for a cluster that is there already, 1 s more"
+    )
+    play("meet a b\ndeliver\ngo 30s", wire)
+    assert actions(wire, "b") == [Action.JOIN]
+
+
+def test_without_a_network_nobody_is_alone_on_it() -> None:
+    wire = play("site a nodes=1\non a")
+    wire._feed(wire.machines["a"], AddressChanged(now_s=wire.now_s, address=None))
+    play("go 600s", wire)
+    assert node_of(wire, "a").phase is NodePhase.DISCOVERING
+    attached(wire, "a")
+    play("go 9s", wire)
+    assert actions(wire, "a") == [None]
+    play("go 2s", wire)
+    assert actions(wire, "a") == [Action.INIT]
+
+
+def test_as_many_late_machines_as_elect_hear_of_the_cluster_first() -> None:
+    wire = play(
+        "site a b c d e f nodes=3 servers=1\non a b c\nmeet a b c\ndeliver\napply a done\n"
+        "probed a\ndeliver"
+    )
+    for name in "def":
+        wire.machines[name].site = replace(wire.machines[name].site, look_s=1.0)
+    play("on d e f\ngo 60s\nmeet d e f\ndeliver\ngo 0.9s", wire)
+    assert actions(wire, "def") == [None] * 3, "the others may be a moment behind"
+    play("meet a d e f\ndeliver\ngo 30s", wire)
+    assert actions(wire, "def") == [Action.JOIN] * 3
+    assert len({node.ca_hash for name in "adef" if (node := node_of(wire, name).seal)}) == 1
+
+
+@pytest.mark.parametrize(("nodes", "late"), [(1, 1), (1, 3), (2, 2), (3, 3), (3, 10)])
+def test_late_machines_join_though_they_are_a_quorum(nodes: int, late: int) -> None:
+    world = site(nodes)
+    until(world, lambda: world.complete)
+    for _ in range(late):
+        world.power_on(world.add(world.plan.machines[0]))
+    until(world, lambda: world.complete)
+    assert len(world.computers) == nodes + late
+    assert len(world.promise.founded) == 1
