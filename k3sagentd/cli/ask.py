@@ -21,6 +21,7 @@ from k3sagentd.yaml_files import files_of
 WATCH_S = 60.0
 RETRY_S = 0.5
 REFUSED_SHOWN = 3
+LACKING_SHOWN = 5
 GREEN, YELLOW, RED, PLAIN = "\x1b[32m", "\x1b[33m", "\x1b[31m", "\x1b[0m"
 COLOURS = {"ready": GREEN, "sealed": GREEN, "failed": RED, "conflict": RED}
 
@@ -35,8 +36,11 @@ def reached(goal: str, status: dict[str, Any]) -> bool:
         return bool(sealed)
     if goal == "joined":
         return bool(sealed and node["phase"] == "ready")
-    ready = [row for row in status["nodes"] if row["phase"] == "ready" and row["age_s"] == 0]
-    return bool(sealed and len(ready) >= site["nodes"])
+    return bool(sealed and len(_ready(status["nodes"])) >= site["nodes"])
+
+
+def _ready(nodes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row for row in nodes if row["phase"] == "ready" and row["age_s"] == 0]
 
 
 async def status(paths: Paths, *, as_json: bool, watch: bool) -> int:
@@ -99,9 +103,26 @@ async def wait(paths: Paths, goal: str, timeout_s: float) -> int:
         if found["site"]["phase"] == "conflict":
             raise UnavailableError(f"conflict: {found['node']['waiting_for']}")
         if left_s == 0:
-            raise TimedOutError(
-                f"not {goal} after {timeout_s:.0f} s; waiting for {found['node']['waiting_for']}"
-            )
+            raise TimedOutError(f"not {goal} after {timeout_s:.0f} s; {missing(found)}")
+
+
+def missing(found: dict[str, Any]) -> str:
+    """What ``wait`` waits for, in one line: where this machine waits for nothing, the others."""
+    if found["node"]["waiting_for"]:
+        return f"waiting for {found['node']['waiting_for']}"
+    wanted, nodes = found["site"]["nodes"], _present(found["nodes"])
+    ready = _ready(nodes)
+    others = [
+        f"{row['name']} ({row['phase'] if row['age_s'] == 0 else 'not heard'})"
+        for row in nodes
+        if row not in ready
+    ]
+    more = len(others) - LACKING_SHOWN
+    named = [*others[:LACKING_SHOWN], *([f"{more} more"] if more > 0 else [])]
+    unknown = wanted - len(nodes)
+    if unknown > 0:
+        named.append(f"{unknown} that this machine has not heard of")
+    return f"{len(ready)} of {wanted} machines are ready here; not ready: {', '.join(named)}"
 
 
 async def registration(paths: Paths, *, as_json: bool) -> int:

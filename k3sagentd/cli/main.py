@@ -25,6 +25,10 @@ from k3sagentd.paths import Paths
 
 DURATION = re.compile(r"(\d+(?:\.\d+)?)(s|m|h)?")
 GOALS = ("nominated", "sealed", "joined", "complete")
+GOALS_HELP = (
+    "nominated: it is chosen which machine starts the cluster; sealed: the cluster exists; joined: "
+    "this machine is ready in it; complete: as many machines as nodes says are ready in it"
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -72,8 +76,10 @@ def parser(*, with_lab: bool = True) -> argparse.ArgumentParser:
     status.add_argument("--json", action="store_true", help="for programs")
     status.add_argument("--watch", action="store_true", help="show every change until Ctrl-C")
     wait = add("wait", "wait for the site to come that far; exit 75 when it does not", _wait)
-    wait.add_argument("--for", dest="goal", choices=GOALS, required=True)
-    wait.add_argument("--timeout", type=_duration, default=600.0, metavar="10m")
+    wait.add_argument("--for", dest="goal", choices=GOALS, required=True, help=GOALS_HELP)
+    wait.add_argument(
+        "--timeout", type=_duration, default=600.0, metavar="10m", help="default: 10m"
+    )
     registration = add("registration", "show where a machine joins", _registration)
     registration.add_argument("--json", action="store_true", help="for programs")
     token = commands.add_parser("token", help="the site's token").add_subparsers(

@@ -18,7 +18,7 @@ from k3sagentd.k3s.quorum import quorum
 
 Row = Mapping[str, Any]
 """A line of ``status.nodes``."""
-LOST = "«etcd lost its quorum» in docs/operations.md"
+LOST = "«etcd lost its quorum» in /usr/share/doc/k3sagentd/operations.md"
 
 
 def ready(status: Mapping[str, Any]) -> list[str]:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from k3sagentd.cli import ask
 from k3sagentd.cli import main as cli
-from k3sagentd.cli.ask import reached, table, why_silent
+from k3sagentd.cli.ask import missing, reached, table, why_silent
 from k3sagentd.cli.main import main
 from k3sagentd.paths import Paths
 from k3sagentd.site_token import create
@@ -142,3 +143,37 @@ def test_what_wait_waits_for() -> None:
     assert reached("nominated", VIEW)
     assert reached("joined", VIEW)
     assert not reached("complete", VIEW)
+
+
+def test_wait_says_who_is_missing_where_this_machine_waits_for_nothing(monkeypatch, capsys) -> None:
+    class Daemon:
+        def __init__(self, path: Path) -> None: ...
+
+        async def status(self, after: int, wait_s: float) -> dict:
+            return {"rev": after + 1, "status": VIEW}
+
+    monkeypatch.setattr(ask, "ControlClient", Daemon)
+    assert main(["wait", "--for", "joined", "--timeout", "0s"]) == 0
+    assert main(["wait", "--for", "complete", "--timeout", "0s"]) == 75
+    assert capsys.readouterr().err == (
+        "k3sagentd: not complete after 0 s; 1 of 2 machines are ready here; not ready: "
+        "n2 (not heard)\n"
+    )
+
+
+def test_what_is_missing_is_one_short_line() -> None:
+    busy = {**VIEW, "node": {**VIEW["node"], "waiting_for": "n1 to start the cluster"}}
+    assert missing(busy) == "waiting for n1 to start the cluster"
+    rows = [{**VIEW["nodes"][1], "name": f"m{i}", "age_s": 0} for i in range(7)]
+    large = {**VIEW, "site": {**VIEW["site"], "nodes": 9}, "nodes": [VIEW["nodes"][0], *rows]}
+    assert missing(large) == (
+        "1 of 9 machines are ready here; not ready: m0 (joining), m1 (joining), m2 (joining), "
+        "m3 (joining), m4 (joining), 2 more, 1 that this machine has not heard of"
+    )
+
+
+def test_the_help_says_what_each_goal_means(capsys) -> None:
+    with pytest.raises(SystemExit):
+        main(["wait", "--help"])
+    said = capsys.readouterr().out
+    assert all(f"{goal}: " in said for goal in cli.GOALS)

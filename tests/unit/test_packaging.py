@@ -17,7 +17,7 @@ import yaml
 from k3sagentd import site_token
 from k3sagentd.cli.ask import why_silent
 from k3sagentd.cli.main import parser
-from k3sagentd.config import INSTALL_SETTINGS, PREFLIGHT, SETTINGS, load_config
+from k3sagentd.config import INSTALL_SETTINGS, OURS, PREFLIGHT, SETTINGS, load_config
 from k3sagentd.errors import ConfigError
 from k3sagentd.k3s.data import ETCD
 from k3sagentd.paths import Paths
@@ -149,6 +149,21 @@ def test_the_manual_has_every_command_and_every_key() -> None:
         assert f"_{check}_" in keys, check
 
 
+def test_a_page_that_a_message_names_is_installed_under_that_name() -> None:
+    assert "\tdh_compress -X.md\n" in (ROOT / "debian/rules").read_text()
+    assert "docs/*.md" in (ROOT / "debian/k3sagentd.docs").read_text().splitlines()
+    for file in (ROOT / "k3sagentd").rglob("*.py"):
+        for page in re.findall(r"/usr/share/doc/k3sagentd/([a-z-]+\.md)", file.read_text()):
+            assert (ROOT / "docs" / page).is_file(), (file, page)
+
+
+def test_the_manual_and_the_pages_name_every_option_that_is_refused() -> None:
+    for page in ("docs/install.md", "man/k3sagentd-config.5.scd"):
+        text = (ROOT / page).read_text()
+        for option in OURS:
+            assert f"`{option}`" in text or f"*{option}*" in text, (page, option)
+
+
 def test_unit_and_commands_know_a_configuration_as_the_loader_does(tmp_path: Path) -> None:
     unit = (ROOT / "systemd/k3sagentd.service").read_text()
     globs = re.findall(r"^ConditionPathExistsGlob=\|/etc/k3sagentd/(.+)$", unit, re.MULTILINE)
@@ -219,6 +234,13 @@ def test_examples_are_configurations(tmp_path: Path, user_data: dict) -> None:
     for text in texts:
         paths.config.write_text(text)
         assert load_config(paths).nodes == 5
+
+
+@pytest.mark.parametrize("example", ["boot-partition/config.yaml", "raspberry-pi/user-data"])
+def test_the_examples_for_a_raspberry_pi_turn_its_memory_cgroup_on(example: str) -> None:
+    text = (EXAMPLES / example).read_text()
+    assert re.search(r"^ *fix-cmdline: true$", text, re.MULTILINE)
+    assert re.search(r"^ *allow-reboot: true$", text, re.MULTILINE)
 
 
 def test_no_example_has_a_token_that_a_machine_would_take() -> None:
