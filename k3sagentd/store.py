@@ -71,8 +71,7 @@ def restore(data: bytes | None, node: NodeId) -> tuple[Durable, bool]:
         return _decode(data, node), True
     except DataError as error:
         reason = (
-            f"its votes are lost ({FILE_NAME}: {error}); it never votes again under this "
-            "identity: k3sagentd reset gives it a new one"
+            f"its votes are lost ({FILE_NAME}: {error}), and this identity never votes again"
         )
         return Durable(node=node, muted=reason), False
 

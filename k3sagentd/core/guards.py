@@ -118,7 +118,7 @@ def why_not_force(node: Node) -> str | None:
     store = node.facts.datastore
     if is_cloned(node) and store is Datastore.NONE:
         # Its twin would be the same init node.
-        return f"{node.durable.muted}; on this one before its start is forced"
+        return f"{muted(node)}; on this one before its start is forced"
     if node.seal is not None and store is Datastore.ETCD:
         return "this machine has the data of the site's cluster, and must not found another"
     if store is Datastore.AGENT or (node.seal is not None and _has_data(node)):
@@ -131,6 +131,24 @@ def is_cloned(node: Node) -> bool:
     the one is not decided for the other."""
     muted = node.durable.muted
     return muted is not None and muted.startswith(CLONED.partition("{")[0])
+
+
+def muted(node: Node) -> str | None:
+    """Why this identity never votes again, and what a person can do; None where it may vote.
+
+    Nobody is told to reset a machine that may have the only data of a cluster.
+    """
+    reason, facts = node.durable.muted, node.facts
+    if reason is None or is_cloned(node) or facts is None:
+        return reason
+    if facts.datastore in (Datastore.NONE, Datastore.AGENT):
+        return f"{reason}; k3sagentd reset gives it a new one"
+    mine = existing_cluster(node)
+    if node.seal is not None or mine is None or facts.origin_node == node.id:
+        return reason
+    if mine in {claim(node, hello) for hello in node.up if hello.may_vote}:
+        return reason
+    return f"{reason}; k3sagentd cluster-init --force here starts the site with the cluster it has"
 
 
 def quorum_missing(node: Node) -> str | None:
@@ -261,7 +279,7 @@ def crowd(node: Node) -> str | None:
 def may_not_vote(node: Node) -> str | None:
     """Why this node answers no ballot, whoever asks."""
     if node.durable.muted:
-        return node.durable.muted
+        return muted(node)
     if node.storage_failure:
         return f"cannot write its state: {node.storage_failure}"
     if node.facts is None:

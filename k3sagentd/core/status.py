@@ -70,9 +70,12 @@ def _waiting_for(node: Node, now_s: float) -> str | None:
 
 
 def _discovering(node: Node, now_s: float) -> str:
-    if trouble := guards.quorum_missing(node):
+    trouble = guards.quorum_missing(node)
+    if (muted := guards.muted(node)) is not None:
         # What must be mended by hand is said even where machines are missing as well.
-        return node.durable.muted or trouble
+        return f"a person: {muted}" + (f"; {trouble}" if trouble else "")
+    if trouble is not None:
+        return trouble
     if trouble := guards.may_not_propose(node):
         return trouble
     left_s = max(0.0, guards.settled_s(node) - now_s)
@@ -97,10 +100,7 @@ def _electing(node: Node, now_s: float) -> str:
     if (unheard := guards.cluster_out_of_sight(node)) is not None:
         return unheard
     if (idle := _idle_cluster(node, order[0])) is not None:
-        return (
-            f"{idle}, which has K3s data of a cluster, to be able to lead: role: agent is set "
-            "there, or its votes are lost"
-        )
+        return idle
     left_s = node.phase_since_s + election.pause_s(node) - now_s
     if left_s > 0 and isinstance(node.log[-1], log.Abandon):
         name = node.name_of(order[0].node)
@@ -111,12 +111,17 @@ def _electing(node: Node, now_s: float) -> str:
 
 
 def _idle_cluster(node: Node, best: Hello) -> str | None:
-    """Who has a cluster from before while one that has none ranks first."""
+    """Who has a cluster from before and cannot lead, while one that has none ranks first."""
     if guards.claim(node, best) is not None:
         return None
-    claims = (h.node for h in (own_hello(node), *node.up) if guards.claim(node, h) is not None)
-    found = next(claims, None)
-    return node.name_of(found) if found is not None else None
+    hellos = (own_hello(node), *node.up)
+    idle = next((hello for hello in hellos if guards.claim(node, hello) is not None), None)
+    if idle is None:
+        return None
+    name = f"{node.name_of(idle.node)}, which has K3s data of a cluster"
+    if idle.role is Role.AGENT:
+        return f"{name}, to be able to lead: role: agent is set there"
+    return f"{name} but lost its votes, to start the site: k3sagentd cluster-init --force there"
 
 
 def _init_node(node: Node, now_s: float) -> str:
@@ -149,7 +154,7 @@ def _init_node(node: Node, now_s: float) -> str:
 def _initialising(node: Node, now_s: float) -> str:
     if node.drive.order is None and not drive.may_initialise(node):
         if guards.is_cloned(node):
-            return f"a person: {node.durable.muted}"
+            return f"a person: {guards.muted(node)}"
         return guards.quorum_missing(node) or "the newest entries of the bootstrap log"
     if node.is_forced:
         return _result(node, now_s)  # nobody votes beside it
@@ -159,8 +164,8 @@ def _initialising(node: Node, now_s: float) -> str:
         return f"{line}; {missing}" if missing else line
     if trouble := guards.disagreement(node):
         return f"a quorum to seal the cluster; its own vote waits: {trouble}"
-    if node.durable.muted:
-        return f"another node to be chosen in its place: {node.durable.muted}"
+    if (muted := guards.muted(node)) is not None:
+        return f"another node to be chosen in its place: {muted}"
     if standing.own_seal(node) is not None:
         missing = guards.quorum_missing(node) or node.last_reject
         return f"a quorum to seal the cluster{f': {missing}' if missing else ''}"
@@ -171,8 +176,8 @@ def _joining(node: Node, now_s: float) -> str:
     if line := unserved(node, now_s):
         return line
     asked = node.drive.asks > 0 or node.drive.told is not None
-    if node.durable.muted and (asked or drive.is_kept_out(node, now_s)):
-        return f"a person: {node.durable.muted}"
+    if guards.is_cloned(node) and (asked or drive.is_kept_out(node, now_s)):
+        return f"a person: {guards.muted(node)}"
     stays = standing.is_other_role(node) and k3s_role(node) is ServerOrAgent.AGENT
     if stays and node.leaving is not None and not node.leaving.done:
         told = node.leaving.refused or node.leaving.told or "a ready server of the cluster"
@@ -333,7 +338,8 @@ def notes(node: Node, now_s: float) -> list[str]:
         for peer in node.peers.values()
         if node.site.machine is not None and peer.hello.machine == node.site.machine
     )
-    found = [node.durable.muted] if node.durable.muted else []
+    muted = guards.muted(node) if node.seal is None or guards.is_cloned(node) else None
+    found = [muted] if muted else []
     if twins:
         found.append(
             f"{', '.join(twins)} has this machine's machine-id: the card was copied after its "

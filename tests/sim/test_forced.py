@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Who may start a cluster alone, and who may not even by force. Each was a bug."""
 
-from k3sagentd.core import guards
+from k3sagentd.core import guards, status
 from k3sagentd.core.events import MessageReceived
 from k3sagentd.core.k3s import K3sState
 from k3sagentd.core.log import Nominate
@@ -49,3 +49,31 @@ def test_no_force_while_an_abandoned_start_is_put_aside() -> None:
     wire = play("site a b c nodes=3\non a b c\nmeet a b c\ngo 10s\napply a hopeless\ngo 30s")
     assert node_of(wire, "a").phase is NodePhase.STANDING_DOWN
     assert "put aside" in str(guards.why_not_force(node_of(wire, "a")))
+
+
+def test_who_has_the_only_cluster_and_lost_its_votes_starts_the_site_by_force() -> None:
+    """It was told to reset, which would have deleted the cluster."""
+    wire = play(f"site a b c nodes=3 servers=1\ndisk c etcd {CA}\nforget c\non a b c")
+    assert "reset" not in said(wire, "c")
+    play("meet a b c\ndeliver\ngo 60s", wire)
+    remedy = "k3sagentd cluster-init --force"
+    assert said(wire, "c").endswith(f"{remedy} here starts the site with the cluster it has")
+    assert said(wire, "a") == (
+        "c, which has K3s data of a cluster but lost its votes, to start the site: "
+        f"{remedy} there"
+    )
+    play("force c\ndeliver\napply c done\nready c\ndeliver\ngo 10s\napply a done\nready a", wire)
+    assert node_of(wire, "c").phase is NodePhase.READY
+    assert node_of(wire, "a").phase is NodePhase.READY
+    assert "votes are lost" not in "".join(status.notes(node_of(wire, "c"), wire.now_s))
+
+
+def test_who_lost_its_votes_and_has_no_cluster_is_reset() -> None:
+    wire = play("site a b c nodes=3\nforget c\non c")
+    assert "; k3sagentd reset gives it a new one; 1 of 3 machines here" in said(wire, "c")
+
+
+def test_who_lost_its_votes_waits_for_its_cluster() -> None:
+    wire = play(f"site a b c nodes=3 servers=1\ndisk c etcd {CA}\ndisk b etcd {CA}\nforget c")
+    play("on b c\nmeet b c\ngo 1s", wire)
+    assert not {"reset", "--force"} & set(said(wire, "c").split())
