@@ -87,15 +87,17 @@ def _has_data(node: Node) -> bool:
 
 
 def superseded(node: Node) -> str | None:
-    """The operator forced a new cluster, and this machine has data of the one before."""
-    if not _has_data(node):
+    """The operator forced a new cluster, and this machine has data of the one before, or was told
+    to start it and does not know what came of that."""
+    was_told = node.durable.started_epoch is not None and node.drive.order is None
+    if not _has_data(node) and not (was_told and node.facts is not None):
         return None
+    has = "has data of" if _has_data(node) else "was to start"
     for hello in node.up:
         if hello.generation > node.generation:
             return (
                 f"{node.name_of(hello.node)} was forced to start a new cluster, and this machine "
-                "has data of the one before; k3sagentd reset here gives that up and joins the "
-                "new one"
+                f"{has} the one before; k3sagentd reset here gives that up and joins the new one"
             )
     return None
 

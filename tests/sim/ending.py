@@ -146,6 +146,8 @@ def site_excuse(world: World, running: list[Computer]) -> str | None:
     clusters = {m.k3s.cluster for m in running if m.k3s.cluster and m.k3s.was_there}
     if len(clusters) > 1:
         return "two clusters"
+    if any(_is_missed(m, c) for c in world.computers for m in running):
+        return "a cluster that was heard of is off"
     nodes = max((m.node.nodes for m in running if m.node), default=0)
     others = [m for m in running if m.node and m.node.nodes != nodes]
     if any(m.node and m.node.durable.nodes is not None for m in others):
@@ -166,6 +168,12 @@ def site_excuse(world: World, running: list[Computer]) -> str | None:
         # Its vote is needed, and it gives none to a nomination that others accepted before.
         return OWNER_CANNOT
     return None
+
+
+def _is_missed(m: Computer, c: Computer) -> bool:
+    """Whether ``m`` heard of a cluster from before that is on ``c`` alone, which is off."""
+    known = c.node is None and c.k3s.was_there and m.node is not None and c.id in m.node.peers
+    return known and c.k3s.cluster is not None
 
 
 def machine_excuse(world: World, m: Computer) -> str | None:
@@ -242,8 +250,17 @@ def _clusters(world: World, m: Computer, found: re.Match[str]) -> bool:
     return len(known | ({seal.ca_hash} if seal else set())) > 1
 
 
+def _was_told(world: World, m: Computer, found: re.Match[str]) -> bool:
+    left = m.disk.outcomes[-1]
+    return left is not None and left.started_epoch is not None
+
+
 def _owner(world: World, m: Computer, found: re.Match[str]) -> bool:
     return any(c.k3s.cluster and c.k3s.was_there for c in world.computers if c.node)
+
+
+def _is_off(world: World, m: Computer, found: re.Match[str]) -> bool:
+    return any(_is_missed(m, c) and c.name == found[1] for c in world.computers)
 
 
 def _hopeless(world: World, m: Computer, found: re.Match[str]) -> bool:
@@ -265,6 +282,10 @@ def _starting(world: World, m: Computer, found: re.Match[str]) -> bool:
 
 def _removed(world: World, m: Computer, found: re.Match[str]) -> bool:
     return m.k3s.tombstone and not m.k3s.labelled
+
+
+def _looks(world: World, m: Computer, found: re.Match[str]) -> bool:
+    return any(c.name == found[1] and c.node and c.node.steward.errand for c in world.computers)
 
 
 def _flags(world: World, m: Computer, found: re.Match[str]) -> bool:
@@ -295,9 +316,11 @@ LINES: tuple[tuple[str, Callable[[World, Computer, re.Match[str]], bool]], ...] 
     (r"(nodes|servers) is (\d+) here but (\d+) on", _differ),
     (r"(\d+) machines here but nodes is (\d+);", _crowd),
     (r"its votes are lost|another live machine has this node's identity", _muted),
+    (r"^(\S+), which has K3s data of a cluster, to be on again", _is_off),
     (r"has K3s data of a cluster", _owner),
     (r"two clusters under one token|data of another cluster", _clusters),
     (r"(\S+) was forced to start a new cluster, and this machine has data", _clusters),
+    (r"(\S+) was forced to start a new cluster, and this machine was to", _was_told),
     (r"the memory cgroup is off|single-node cluster of its own|the data of", _hopeless),
     (r"etcd removed this server from its cluster", _removed),
     (r"^(.+) to be prepared \(servers join when all are\)", _unprepared),
@@ -305,6 +328,7 @@ LINES: tuple[tuple[str, Callable[[World, Computer, re.Match[str]], bool]], ...] 
     (r"the Node (\S+) to be given up by K3s, which still hears it", _still_heard),
     (r"the cluster's only server|^any of the servers", _lost_cluster),
     (r"a machine that may be a server: all here", _unable_init),
+    (r"^(\S+): the list of the cluster's Nodes to be read", _looks),
     (r"^K3s on this machine to be ready", _starting),
     (r"cluster-cidr is 10.99.0.0/16 here but (\S+|not set) in the cluster", _flags),
     (r"k3sagentd-apply to take the order", _applying),

@@ -59,8 +59,7 @@ def test_who_has_the_only_cluster_and_lost_its_votes_starts_the_site_by_force() 
     remedy = "k3sagentd cluster-init --force"
     assert said(wire, "c").endswith(f"{remedy} here starts the site with the cluster it has")
     assert said(wire, "a") == (
-        "c, which has K3s data of a cluster but lost its votes, to start the site: "
-        f"{remedy} there"
+        f"c, which has K3s data of a cluster but lost its votes, to start the site: {remedy} there"
     )
     play("force c\ndeliver\napply c done\nready c\ndeliver\ngo 10s\napply a done\nready a", wire)
     assert node_of(wire, "c").phase is NodePhase.READY

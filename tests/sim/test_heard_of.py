@@ -95,3 +95,8 @@ def test_an_init_node_of_before_starts_nothing_beside_a_forced_one() -> None:
     play("on a\nmeet a b c\ndeliver\ngo 5s", wire)
     assert ordered(wire, "ab") == {Action.INIT}
     assert wire.machines["a"].order is None
+    play("apply b done\nready b\ndeliver\ngo 60s", wire)
+    assert said(wire, "a") == (
+        "a person: b was forced to start a new cluster, and this machine was to start the one "
+        "before; k3sagentd reset here gives that up and joins the new one"
+    )
