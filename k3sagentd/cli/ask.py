@@ -13,7 +13,7 @@ from typing import Any
 from k3sagentd import site_token
 from k3sagentd.config import load_config
 from k3sagentd.control import ControlClient
-from k3sagentd.core.status import duration
+from k3sagentd.core.words import duration
 from k3sagentd.errors import ConfigError, TimedOutError, UnavailableError
 from k3sagentd.paths import Paths
 from k3sagentd.yaml_files import files_of

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from k3sagentd.core import guards, roster
+from k3sagentd.core.k3s import Datastore
 from k3sagentd.core.messages import Cloned, Fetch, Hello
 from k3sagentd.core.state import PEERS_LIMIT, Node, Peer
 from k3sagentd.core.turn import Turn
@@ -47,6 +48,8 @@ def on_hello(turn: Turn, hello: Hello) -> None:
             peer = replace(peer, earlier_instance=before.hello.instance, flips=flips)
             if flips >= FLIPS_OF_CLONES:
                 turn.send(hello.node, Cloned(address=before.hello.address))
+    if hello.server_url is not None or (hello.member and hello.datastore is Datastore.ETCD):
+        peer = replace(peer, served=True)
     news = before is None or not before.up
     refused = {a: r for a, r in node.refused.items() if a != hello.address}
     turn.set(

@@ -113,6 +113,8 @@ class Peer:
     """When we last asked it for entries."""
     earlier_instance: str | None = None
     """The instance before ``hello.instance``: if it comes back, two machines share the id."""
+    served: bool = False
+    """Whether it was seen with a server of the cluster, though its disk may be empty now."""
     flips: int = 0
     """How often in a row it came back."""
 

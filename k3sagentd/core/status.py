@@ -15,16 +15,16 @@ from k3sagentd.core import (
     guards,
     leaving,
     log,
-    paxos,
+    outage,
     ranking,
     roster,
     standing,
 )
-from k3sagentd.core.hello import has_etcd, k3s_role, own_hello
+from k3sagentd.core.hello import k3s_role, own_hello
 from k3sagentd.core.k3s import Action, Outcome, ServerOrAgent
 from k3sagentd.core.messages import Hello
 from k3sagentd.core.state import Accepting, Node, Preparing
-from k3sagentd.core.words import NodeId, NodePhase, Role
+from k3sagentd.core.words import NodePhase, Role, duration
 
 
 def waiting_for(node: Node, now_s: float) -> str | None:
@@ -173,7 +173,7 @@ def _initialising(node: Node, now_s: float) -> str:
 
 
 def _joining(node: Node, now_s: float) -> str:
-    if line := unserved(node, now_s):
+    if line := outage.unserved(node, now_s):
         return line
     asked = node.drive.asks > 0 or node.drive.told is not None
     if guards.is_cloned(node) and (asked or drive.is_kept_out(node, now_s)):
@@ -201,34 +201,6 @@ def _joining(node: Node, now_s: float) -> str:
     return _result(node, now_s)
 
 
-def unserved(node: Node, now_s: float) -> str | None:
-    """No server of the sealed cluster was heard for long: who has it, and the two ways out."""
-    since_s = node.unserved_since_s
-    if since_s is None or now_s < since_s + node.site.replace_after_s:
-        return None
-    servers = roster.members(node)
-    if any(roster.absent_since_s(node, each) is None for each in servers):
-        return None  # its machine is heard: what is wrong with its K3s, it says itself
-    for_long = duration(now_s - since_s)
-    names = ", ".join(node.name_of(each) for each in servers)
-    if len(servers) == 1 and guards.is_installed_anew(node, servers[0]):
-        return (
-            f"a person: {names}, the cluster's only server, was installed anew, and the cluster "
-            "went with its disk; k3sagentd cluster-init --force on one machine starts a new one"
-        )
-    if len(servers) == 1:
-        return (
-            f"{names}, the cluster's only server, not heard for {for_long}: power it on; or, if "
-            "its disk is lost for good, k3sagentd cluster-init --force on another machine starts "
-            "a new, empty cluster"
-        )
-    return (
-        f"any of the servers {names}, none heard for {for_long}: power on more than half of them; "
-        "or, if their disks are lost for good, k3sagentd cluster-init --force on another machine "
-        "starts a new, empty cluster"
-    )
-
-
 def _result(node: Node, now_s: float) -> str:
     """How far the order that stands is, or what became of it."""
     result, retry_at_s = node.drive.result, node.drive.retry_at_s
@@ -236,7 +208,7 @@ def _result(node: Node, now_s: float) -> str:
         return "K3s on this machine"
     if node.drive.outcome is Outcome.DONE:
         line = f"K3s on this machine to be ready: {node.k3s.detail}"
-        return f"{line}; {lost}" if (lost := quorum_lost(node)) else line
+        return f"{line}; {lost}" if (lost := outage.quorum_lost(node)) else line
     if result is None:
         return f"k3sagentd-apply to take the order ({node.drive.order.action})"
     if retry_at_s is None:
@@ -245,57 +217,14 @@ def _result(node: Node, now_s: float) -> str:
     return f"{node.drive.order.action} failed at «{result.step}»: {result.reason}{again}"
 
 
-def quorum_lost(node: Node) -> str | None:
-    """Too few of etcd's members are heard: without more of them the cluster takes no changes.
-
-    A founding server that never joined is no member; of who was never heard we know nothing, and
-    a K3s that is ready here tells us that it is not needed. Nor is one that fell silent before the
-    API last answered: perhaps its K3s goes on.
-    """
-    members = []
-    for each in roster.members(node):
-        peer = node.peers.get(each)
-        unknown = peer is None and not node.k3s.ready and has_etcd(node)
-        known = each == node.id or unknown or (peer is not None and peer.hello.member)
-        if known and not _was_removed(node, each):
-            members.append(each)
-    silent = [each for each in members if roster.absent_since_s(node, each) is not None]
-    here, needed = len(members) - len(silent), paxos.quorum(len(members))
-    since_s = max((roster.absent_since_s(node, each) or 0.0 for each in silent), default=0.0)
-    if here >= needed or (node.k3s.ready and node.steward.viewed_s > since_s):
-        return None
-    names = ", ".join(node.name_of(each) for each in silent)
-    missing = f"{needed - here} of " if needed - here < len(silent) else ""
-    return (
-        f"{here} of etcd's {len(members)} servers here, {needed} must be, or the cluster takes no "
-        f"changes: power on {missing}{names}"
-    )
-
-
-def _was_removed(node: Node, machine: NodeId) -> bool:
-    """Whether a machine had no Node any more when we looked at the cluster after it fell silent."""
-    since_s, view = roster.absent_since_s(node, machine), node.steward.view
-    if since_s is None or view is None or node.steward.viewed_s <= since_s:
-        return False
-    name = node.name_of(machine)
-    return not any(kube.node == machine or kube.name == name for kube in view.nodes)
-
-
-def duration(seconds: float) -> str:
-    """A span as people say it: ``40 s``, ``5 min``, ``2 h``."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.0f} h"
-
-
 def _servers(node: Node, now_s: float) -> Iterator[str]:
     """What is wrong with the servers of a sealed site, though this machine is ready."""
     if node.phase is not NodePhase.READY:
         return
-    if line := unserved(node, now_s):
+    if line := outage.unserved(node, now_s):
         yield f"waits for {line}"
         return
-    if line := quorum_lost(node):
+    if line := outage.quorum_lost(node):
         yield line
         return
     after_s = node.site.replace_after_s

@@ -51,3 +51,10 @@ class SitePhase(StrEnum):
     NOMINATED = "nominated"
     SEALED = "sealed"
     CONFLICT = "conflict"
+
+
+def duration(seconds: float) -> str:
+    """A span as people say it: ``40 s``, ``5 min``, ``2 h``."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.0f} h"

@@ -3,7 +3,7 @@
 
 from dataclasses import replace
 
-from k3sagentd.core import status, steward
+from k3sagentd.core import outage, steward
 from k3sagentd.core.cluster import Errand, ErrandResult, KubeNode
 from k3sagentd.core.k3s import Action, K3sState
 from k3sagentd.core.state import Leaving
@@ -107,7 +107,7 @@ def test_who_left_is_not_asked_for_when_etcd_has_no_quorum() -> None:
     wire.machines["a"].node = node.but(steward=look)
     play("go 5s\noff c\ngo 1s", wire)
     feed(wire, "a", K3sState(detail="its server does not answer"))
-    lost = status.quorum_lost(node_of(wire, "a"))
+    lost = outage.quorum_lost(node_of(wire, "a"))
     assert lost is not None
     assert lost.startswith("1 of etcd's 2 servers here, 2 must be")
     assert lost.endswith("power on c")
