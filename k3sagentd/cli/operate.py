@@ -65,7 +65,7 @@ def force(paths: Paths, *, yes: bool) -> int:
     """``k3sagentd cluster-init --force``."""
     confirm(FORCE, yes=yes)
     asyncio.run(ControlClient(paths.control).force())
-    print("this node starts the cluster now")
+    print("this node starts the cluster; how far it is: k3sagentd status")
     return 0
 
 

@@ -108,6 +108,8 @@ def why_not_force(node: Node) -> str | None:
         return "it waits for the facts about this machine's disk"
     if trouble := conflict(node):
         return trouble
+    if is_forced_already(node):
+        return None
     if node.phase is NodePhase.STANDING_DOWN:
         return "what an abandoned start left is being put aside here; try again when that is done"
     if node.site.role is Role.AGENT:
@@ -126,6 +128,12 @@ def why_not_force(node: Node) -> str | None:
     if store is Datastore.AGENT or (node.seal is not None and _has_data(node)):
         return "this machine's K3s has data of the old cluster; k3sagentd reset first"
     return None
+
+
+def is_forced_already(node: Node) -> bool:
+    """Whether the operator's word was taken here and stands: the cluster is started, or is here."""
+    has_it = node.facts is not None and node.facts.datastore is Datastore.ETCD
+    return node.is_forced and (node.seal is None or has_it)
 
 
 def is_cloned(node: Node) -> bool:

@@ -260,7 +260,7 @@ def _on_forced(turn: Turn) -> None:
     Who is to start the cluster already goes on with what it has started.
     """
     node = turn.node
-    if guards.why_not_force(node) is not None or (node.is_forced and node.seal is None):
+    if guards.why_not_force(node) is not None or guards.is_forced_already(node):
         return
     generation = Generation(number=node.generation.number + 1, by=node.id)
     durable = node.durable

@@ -78,6 +78,8 @@ def test_the_only_server_is_gone_for_good(lab: Bench) -> None:
     held = {path.stat().st_ino for path in (files(holder) / "var/lib/rancher").rglob("*.crt")}
     assert held
     assert "the only server" in refused(lab, forced, "leave", YES)
+    k3sagentd(lab, forced, "cluster-init", "--force", YES)  # again: it is done already
+    assert lab.views()[forced]["site"]["ca_hash"] == views[forced]["site"]["ca_hash"]
 
     end(holder, *DAEMON)
     k3sagentd(lab, holder, "reset", YES)

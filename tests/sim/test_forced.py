@@ -67,6 +67,18 @@ def test_who_has_the_only_cluster_and_lost_its_votes_starts_the_site_by_force() 
     assert "votes are lost" not in "".join(status.notes(node_of(wire, "c"), wire.now_s))
 
 
+def test_a_start_that_was_forced_and_is_done_is_not_forced_again() -> None:
+    wire = play("site a b c nodes=3 servers=1\non a b\nforce a\nforce a\napply a done\nready a")
+    before = node_of(wire, "a").durable
+    assert before.generation.number == 1
+    assert guards.why_not_force(node_of(wire, "a")) is None
+    play("force a\ngo 10s", wire)
+    assert node_of(wire, "a").durable == before
+    # Its disk was lost: that is another cluster.
+    play("off a\non a\nforce a", wire)
+    assert node_of(wire, "a").generation.number == 2
+
+
 def test_who_lost_its_votes_and_has_no_cluster_is_reset() -> None:
     wire = play("site a b c nodes=3\nforget c\non c")
     assert "; k3sagentd reset gives it a new one; 1 of 3 machines here" in said(wire, "c")
