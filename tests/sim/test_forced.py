@@ -75,7 +75,7 @@ def test_a_start_that_was_forced_and_is_done_is_not_forced_again() -> None:
     play("force a\ngo 10s", wire)
     assert node_of(wire, "a").durable == before
     # Its disk was lost: that is another cluster.
-    play("off a\non a\nforce a", wire)
+    play("off a\ndisk a none\non a\nforce a", wire)
     assert node_of(wire, "a").generation.number == 2
 
 
