@@ -15,6 +15,7 @@ from k3sagentd.core.words import NodeId, NodePhase, Role, short
 CLONED = (
     "another live machine has this node's identity ({address}); run k3sagentd reset on one of them"
 )
+GIVE_UP = "k3s-uninstall.sh, which deletes it, then systemctl restart k3sagentd"
 
 
 def existing_cluster(node: Node) -> str | None:
@@ -192,8 +193,7 @@ def conflict(node: Node) -> str | None:
             return None
         return (
             f"this machine has K3s data of another cluster ({_cluster(mine)}) than the site "
-            f"({_cluster(node.seal.ca_hash)}); stop K3s, move /var/lib/rancher/k3s aside here "
-            "and restart k3sagentd to join it"
+            f"({_cluster(node.seal.ca_hash)}); to give that up and join the site's: {GIVE_UP} here"
         )
     clusters = {there: hello.node for hello in node.up if (there := claim(node, hello))}
     if mine is not None:
@@ -204,8 +204,7 @@ def conflict(node: Node) -> str | None:
         f"{_cluster(cluster)} on {node.name_of(holder)}" for cluster, holder in clusters.items()
     )
     return (
-        f"two clusters under one token: {named}; on the machines of the one to give up stop K3s, "
-        "move /var/lib/rancher/k3s aside and restart k3sagentd"
+        f"two clusters under one token: {named}; on the machines of the one to give up: {GIVE_UP}"
     )
 
 

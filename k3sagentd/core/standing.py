@@ -136,11 +136,9 @@ def flag_mismatch(node: Node) -> str | None:
         for flag, value in sorted(node.facts.shared_flags.items())
         if theirs.get(flag) != value
     ]
-    return (
-        "; ".join(wrong) + "; set the same value on both, and restart k3sagentd here"
-        if wrong
-        else None
-    )
+    if not wrong:
+        return None
+    return "; ".join(wrong) + "; set the cluster's value here, and restart k3sagentd"
 
 
 def is_member(node: Node) -> bool:
