@@ -113,7 +113,8 @@ class Paths:
 
     @property
     def unstarted(self) -> Path:
-        """There, with the role, from our run of K3s's install script to the start that follows."""
+        """There from our run of K3s's install script, or our stop of the old role, to the start
+        that follows: the roles that are owed one."""
         return self.root_state / "unstarted"
 
     @property

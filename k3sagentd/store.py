@@ -70,9 +70,7 @@ def restore(data: bytes | None, node: NodeId) -> tuple[Durable, bool]:
             raise DataError("the file is missing")
         return _decode(data, node), True
     except DataError as error:
-        reason = (
-            f"its votes are lost ({FILE_NAME}: {error}), and this identity never votes again"
-        )
+        reason = f"its votes are lost ({FILE_NAME}: {error}), and this identity never votes again"
         return Durable(node=node, muted=reason), False
 
 

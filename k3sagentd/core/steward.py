@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from k3sagentd.core import ranking, roster, staying
+from k3sagentd.core import namesake, ranking, roster, staying
 from k3sagentd.core.cluster import ClusterView, Errand, ErrandResult, KubeNode, Roster
 from k3sagentd.core.effects import WriteErrand
 from k3sagentd.core.hello import server_url
@@ -133,7 +133,7 @@ def _work(node: Node, view: ClusterView, now_s: float) -> dict[str, Any] | None:
             asked = wish.step is not LeaveStep.STOP and not _is_done(node, view, wish)
             if asked and staying.refusal(node, kube, wish.step) is None:
                 return _leave_work(kube, wish)
-        elif _is_in_the_way(kube, peer) and not _still_there(node, kube, peer, now_s):
+        elif namesake.is_left_behind(node, kube, peer, now_s):
             return {"remove": kube.name, "uid": kube.uid}
     return None
 
@@ -264,9 +264,9 @@ def _judge(
     if not listed and sender in (roster.desired(node, now_s, sender) or ()):
         return NotYet(reason="this machine to be listed as a server", soon=True)
     kube = _node_named(view, message.node_name)
-    if kube is None or not _is_in_the_way(kube, sender):
+    if kube is None or not namesake.is_in_the_way(kube, sender):
         return registration(node, sender, role)
-    if still := _still_there(node, kube, sender, now_s):
+    if still := namesake.still_there(node, kube, sender, now_s):
         return NotYet(reason=still)
     why = f" ({node.steward.reason})" if node.steward.reason else ""
     reason = f"the Node {kube.name} of an earlier installation to be removed{why}"
@@ -348,43 +348,3 @@ def _forget(turn: Turn, sender: NodeId) -> None:
 
 def _node_named(view: ClusterView, name: str) -> KubeNode | None:
     return next((each for each in view.nodes if each.name == name), None)
-
-
-def _is_in_the_way(kube: KubeNode, joiner: NodeId) -> bool:
-    """Whether K3s would refuse the joiner because of this Node (K3S.md 7).
-
-    A machine's own Node is in nobody's way, unless it stands for a member that is no more.
-    """
-    return kube.node != joiner or kube.server
-
-
-def _still_there(node: Node, kube: KubeNode, joiner: NodeId, now_s: float) -> str | None:
-    """Why the machine behind a Node is not surely gone; None when it is.
-
-    Surely gone is: the joiner itself as it was before; the same hardware under another identity; or
-    who was heard neither by K3s nor by us for as long as it takes to be replaced.
-    """
-    for hello in node.up:
-        if hello.node != joiner and kube.node == hello.node:
-            return (
-                f"another name: {kube.name} is the machine at {hello.address}; change the hostname "
-                "of one of them, and k3sagentd reset there"
-            )
-    if kube.ready:
-        return f"the Node {kube.name} to be given up by K3s, which still hears it"
-    asks = node.peers.get(joiner)
-    if kube.node == joiner:
-        # With data it is a member that starts, or is stopped for a while; without, it was one.
-        member = asks is not None and asks.hello.member
-        return f"K3s on {kube.name} to be ready: it is a member of etcd" if member else None
-    mark = asks.hello.hardware if asks is not None else None
-    if mark is not None and mark == kube.hardware:
-        return None
-    known = {p.hello.node for p in node.peers.values() if p.hello.node_name == kube.name}
-    owners = ({kube.node} if kube.node is not None else known) - {joiner}
-    ages = [roster.absent_since_s(node, owner) for owner in owners if owner is not None]
-    since_s = max([s for s in ages if s is not None], default=node.started_s)
-    left_s = since_s + node.site.replace_after_s - now_s
-    if left_s > 0:
-        return f"the machine that was {kube.name} to be surely gone, in {left_s:.0f} s"
-    return None

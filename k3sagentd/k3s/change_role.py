@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from k3sagentd.core.k3s import Action, Datastore, ServerOrAgent
-from k3sagentd.errors import HopelessError
+from k3sagentd.errors import HopelessError, MachineError
 from k3sagentd.k3s import spared
 from k3sagentd.k3s.data import AGENT, MARKER, ca_hash, datastore, move, put_aside
 from k3sagentd.k3s.mounts import mount_points
@@ -61,9 +61,15 @@ def check(work: Work) -> None:
 
 
 def change(work: Work) -> Iterator[str]:
-    """Stop K3s in its old role and put that role's data aside."""
+    """Stop K3s in its old role and put that role's data aside.
+
+    Raises MachineError where a server must not stop now; then it runs.
+    """
     if is_change(work):
-        yield f"stop K3s as {DATA_OF[datastore(work.paths.k3s_data)]}"
+        found = DATA_OF[datastore(work.paths.k3s_data)]
+        yield f"stop K3s as {found}"
+        spared.check(work.paths, running=work.install.running())  # again: to install takes its time
+        work.install.owe_start(found)
         work.install.stop()
         if work.order.role is ServerOrAgent.SERVER:
             yield "move the agent's data aside"
@@ -71,15 +77,34 @@ def change(work: Work) -> Iterator[str]:
         else:
             yield "move the server's data aside"
             _put_server_aside(work.paths.k3s_data)
-    elif work.order.action is Action.STEP_DOWN and _is_entering(work):
+    elif _is_entering(work):
         yield "stop K3s, which was about to join as a server"
-        work.install.stop()
+        _stop_entering(work)
     _restore_images(work.paths.k3s_data)
 
 
 def _is_entering(work: Work) -> bool:
-    """Whether K3s runs and has no data yet: the roster changed while it joined."""
-    return datastore(work.paths.k3s_data) is Datastore.NONE and work.install.running()
+    """Whether K3s runs as a server without data yet: the roster changed while it joined."""
+    if work.order.role is ServerOrAgent.SERVER:
+        return False
+    blank = datastore(work.paths.k3s_data) is Datastore.NONE
+    return blank and work.install.running(ServerOrAgent.SERVER)
+
+
+def _stop_entering(work: Work) -> None:
+    """Raise MachineError where it has become a member before it was gone: of two members neither
+    may be off. It goes on as it was told before, and is asked for like any other server.
+
+    Until that is sure it starts at a boot.
+    """
+    work.install.halt()
+    if is_change(work):
+        work.install.start(ServerOrAgent.SERVER)
+        raise MachineError(
+            "K3s has become a member of etcd here just now and goes on; it becomes an agent by "
+            "itself once the other servers can do without it"
+        )
+    work.install.stop()
 
 
 def _put_agent_aside(data: Path) -> None:

@@ -47,14 +47,17 @@ class Method(Protocol):
     def installed(self, role: ServerOrAgent) -> bool:
         """Whether there is something to start."""
 
+    def owe_start(self, role: ServerOrAgent) -> None:
+        """Note, also over a power cut, that we stop in ``role`` what was to run."""
+
     def owes_start(self, role: ServerOrAgent) -> bool:
-        """Whether an install of ours has left it stopped, and not to start at boot."""
+        """Whether it was we who left it stopped in ``role``, and not to start at boot."""
 
     def install(self, order: Order) -> None:
         """Make K3s startable, without starting it; raises MachineError."""
 
-    def running(self) -> bool:
-        """Whether it was started and not stopped."""
+    def running(self, role: ServerOrAgent | None = None) -> bool:
+        """Whether it was started, in ``role`` where one is given, and not stopped."""
 
     def start(self, role: ServerOrAgent, *, at_boot: bool = True) -> None:
         """Start it now, and at every boot (or leave that as it is), without waiting for it; what
@@ -101,6 +104,9 @@ class Exec:
         """Whether the binary is there."""
         return os.access(self._binary, os.X_OK)
 
+    def owe_start(self, role: ServerOrAgent) -> None:
+        """Nothing: each order starts it."""
+
     def owes_start(self, role: ServerOrAgent) -> bool:
         """Never: nothing starts it at a boot but our orders."""
         return False
@@ -110,9 +116,9 @@ class Exec:
         if not self.installed(order.role):
             raise MachineError(f"{self._binary} is not executable; put a K3s binary there")
 
-    def running(self) -> bool:
+    def running(self, role: ServerOrAgent | None = None) -> bool:
         """Whether the supervisor is there."""
-        return supervise.running(self._paths)
+        return supervise.running(self._paths, role)
 
     def start(self, role: ServerOrAgent, *, at_boot: bool = True) -> None:
         """Start the supervisor; at a boot it is our orders that start K3s."""
@@ -139,8 +145,9 @@ class Exec:
 class Script:
     """The K3s install script and the units that it makes.
 
-    The script disables its unit, makes it anew, and as we run it leaves it disabled. So from there
-    to the start that enables it a start is owed, also over a power cut.
+    The script disables its unit, makes it anew, and as we run it leaves it disabled; and a change
+    of role stops the unit of the old one. So from there to the start that enables one of them a
+    start is owed, also over a power cut.
     """
 
     starts_at_boot = True
@@ -154,11 +161,20 @@ class Script:
         return self._has_unit(role) and self._binary() is not None
 
     def owes_start(self, role: ServerOrAgent) -> bool:
-        """Whether the script made the unit, and it was not started since."""
+        """Whether the script made the unit, or we stopped it, and none was started since."""
+        return role in self._owed()
+
+    def owe_start(self, role: ServerOrAgent) -> None:
+        """Add it to those that are owed: an agent stays one until it is a server."""
+        self._paths.unstarted.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        owed = sorted({*self._owed(), role})
+        write_atomically(self._paths.unstarted, f"{' '.join(owed)}\n".encode())
+
+    def _owed(self) -> list[str]:
         try:
-            return self._paths.unstarted.read_text().strip() == role
+            return self._paths.unstarted.read_text().split()
         except FileNotFoundError:
-            return False
+            return []
 
     def install(self, order: Order) -> None:
         """Run the script, unless K3s runs here already as the order wants it."""
@@ -170,7 +186,7 @@ class Script:
         with tempfile.TemporaryDirectory(prefix="k3sagentd-") as directory:
             script = Path(directory, "install.sh")
             script.write_bytes(self._script())
-            self._owe_start(order.role)
+            self.owe_start(order.role)
             if runs and not keeps:
                 self._paths.restart.touch()
             run(
@@ -182,10 +198,6 @@ class Script:
         if not self._has_unit(order.role):
             unit = self._paths.root / "etc/systemd/system" / STANDARD[order.role]
             raise MachineError(f"the install script ended well but made no {unit}")
-
-    def _owe_start(self, role: ServerOrAgent) -> None:
-        self._paths.unstarted.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        write_atomically(self._paths.unstarted, f"{role}\n".encode())
 
     def _fits(self, order: Order) -> bool:
         """Whether the binary that is here runs, and is of the release that is asked for, if one
@@ -248,9 +260,10 @@ class Script:
             raise MachineError(f"{source} has SHA-256 {found}, but script-sha256 is {wanted}")
         return data
 
-    def running(self) -> bool:
+    def running(self, role: ServerOrAgent | None = None) -> bool:
         """Whether one of the units is active or on its way."""
-        return _are_active([*STANDARD.values(), *units.find(self._paths)])
+        found = {name: each for each, name in STANDARD.items()} | units.find(self._paths)
+        return _are_active([name for name, each in found.items() if role in (None, each)])
 
     def start(self, role: ServerOrAgent, *, at_boot: bool = True) -> None:
         """Enable and start; a start that blocks (K3S.md 6) is not waited for, and of what runs

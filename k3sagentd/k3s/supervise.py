@@ -29,9 +29,10 @@ LOG_LIMIT_BYTES = 16 * 1024 * 1024
 START_TIMEOUT_S = 10.0
 
 
-def running(paths: Paths) -> bool:
-    """Whether a supervisor holds its lock."""
-    return _pid(paths) is not None
+def running(paths: Paths, role: ServerOrAgent | None = None) -> bool:
+    """Whether a supervisor holds its lock, for a K3s of that role where one is given."""
+    found = _holder(paths)
+    return found is not None and role in (None, found[1])
 
 
 def start(paths: Paths, binary: Path, role: ServerOrAgent) -> None:
@@ -59,7 +60,8 @@ def start(paths: Paths, binary: Path, role: ServerOrAgent) -> None:
 def stop(paths: Paths) -> None:
     """Stop the supervisor and K3s; returns when both are gone."""
     deadline = time.monotonic() + STOP_S + 10
-    while (pid := _pid(paths)) is not None:
+    while (found := _holder(paths)) is not None:
+        pid = found[0]
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGTERM)
         if time.monotonic() > deadline:
@@ -67,14 +69,15 @@ def stop(paths: Paths) -> None:
         time.sleep(0.2)
 
 
-def _pid(paths: Paths) -> int | None:
-    """The supervisor's pid, if one holds the lock."""
+def _holder(paths: Paths) -> tuple[int, str] | None:
+    """The supervisor's pid and its K3s's role, if one holds the lock."""
     try:
         with paths.supervisor.open("r") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
-                return int(json.load(file)["pid"])
+                told = json.load(file)
+                return int(told["pid"]), told["role"]
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         pass
     return None

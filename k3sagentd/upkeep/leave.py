@@ -52,6 +52,10 @@ def leave(paths: Paths, config: Config, say: Say) -> None:
         _ask(paths, "stop", say)
         _check_is_spared(paths, config)
         progress = underway.save(paths, Progress(command=COMMAND, step=DRAINED))
+    elif progress.step == DRAINED and method(config, paths).running():
+        # The word that it may stop is of before it was cut short. Who has stopped since needs none,
+        # and would get none: off, it is a member still, and counts until its Node is deleted.
+        _ask(paths, "stop", say)
     if progress.step == DRAINED:
         say("stop K3s, now and at every boot")
         with underway.alone(paths):

@@ -59,11 +59,14 @@ class Fake:
     def owes_start(self, role: ServerOrAgent) -> bool:
         return False
 
+    def owe_start(self, role: ServerOrAgent) -> None:
+        pass
+
     def install(self, order: Order) -> None:
         self.did.append(f"install {order.role}")
 
-    def running(self) -> bool:
-        return self.role is not None
+    def running(self, role: ServerOrAgent | None = None) -> bool:
+        return self.role is not None and role in (None, self.role)
 
     def start(self, role: ServerOrAgent, *, at_boot: bool = True) -> None:
         assert self.role in (None, role), "two at once"

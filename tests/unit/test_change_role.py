@@ -63,8 +63,16 @@ def test_a_server_that_has_not_joined_yet_is_stopped_as_well(m: Machine) -> None
     """Its member was removed while it was off; it joined anew when it heard of the new roster."""
     m.ours(SERVER, **{"node-ip": "10.0.0.6"})
     step_down = replace(JOIN_AGENT, action=Action.STEP_DOWN)
-    m.does(step_down, "stop")
+    m.does(step_down, "halt", "stop")
     m.does(step_down)
+
+
+def test_a_server_that_has_not_joined_yet_is_stopped_before_it_is_an_agent(m: Machine) -> None:
+    """K3s as a server would read what is for the agent, and join as one by it."""
+    m.ours(SERVER, **{"node-ip": "10.0.0.6"})
+    m.does(JOIN_AGENT, "install agent", "halt", "stop", "start agent")
+    # An agent that has not joined yet goes on with it.
+    m.does(JOIN_AGENT, "install agent", "enable agent")
 
 
 def test_a_demoted_init_node_is_an_agent_like_any_other(m: Machine) -> None:

@@ -54,7 +54,7 @@ def kubelet(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     monkeypatch.setattr(forget, "HEALTHZ", f"http://127.0.0.1:{server.server_address[1]}/healthz")
-    monkeypatch.setattr("k3sagentd.k3s.supervise.running", lambda _: True)
+    monkeypatch.setattr("k3sagentd.k3s.supervise.running", lambda *_: True)
     yield says
     server.shutdown()
     server.server_close()
@@ -238,7 +238,7 @@ def test_root_sees_for_itself(paths: Paths, spoil: Callable, reason: str) -> Non
 def test_k3s_must_run_and_be_well(paths: Paths, kubelet: dict[str, int], monkeypatch) -> None:
     kubelet["status"] = 500
     assert "the kubelet does not answer: HTTP Error 500" in ask(paths)
-    monkeypatch.setattr("k3sagentd.k3s.supervise.running", lambda _: False)
+    monkeypatch.setattr("k3sagentd.k3s.supervise.running", lambda *_: False)
     assert "K3s does not run here" in ask(paths)
     assert paths.token.exists()
 

@@ -12,7 +12,7 @@ from k3sagentd.core.k3s import Action, Order, Outcome
 from k3sagentd.errors import MachineError
 from k3sagentd.k3s import apply as root
 from k3sagentd.k3s import install
-from k3sagentd.k3s.install import Script
+from k3sagentd.k3s.install import Exec, Script
 from k3sagentd.paths import Paths
 from tests.unit.rooted import (
     AGENT,
@@ -202,6 +202,14 @@ def _dies(*_: object, **__: object) -> None:
     raise MachineError("the power is cut")
 
 
+STOP = Script.stop
+
+
+def _stops_and_dies(script: Script) -> None:
+    STOP(script)
+    _dies()
+
+
 def test_a_member_whose_unit_a_cut_removed_keeps_its_binary(m: Scripted) -> None:
     m.put(*AS_SERVER, WAL)
     m.ours(SERVER)
@@ -226,6 +234,82 @@ def test_a_member_that_its_owner_disabled_stays_so(m: Scripted, role: object) ->
     m.systemctl("stop", UNIT[order.role])
     m.does(order)
     assert m.units == set()
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["at once", "after a download that failed"])
+def test_an_agent_that_a_promotion_has_stopped_is_started_when_it_stays_one(
+    m: Scripted, monkeypatch: pytest.MonkeyPatch, again: bool
+) -> None:
+    m.put(*AS_AGENT)
+    m.ours(AGENT)
+    m.has(OLD, UNIT[AGENT])
+    with monkeypatch.context() as patch:
+        patch.setattr(Script, "stop", _stops_and_dies)
+        assert m.apply(JOIN).outcome is Outcome.FAILED
+    m.power_cut()
+    assert m.units == set()
+    if again:
+        (m.paths.root / "cut").touch()
+        assert m.apply(JOIN).outcome is Outcome.FAILED
+        m.power_cut()
+    m.does(JOIN_AGENT)
+    assert m.runs(UNIT[AGENT])
+    m.systemctl("disable", "--now", UNIT[AGENT])
+    m.does(JOIN_AGENT)
+    assert m.units == set(), "that was its owner"
+
+
+def test_a_server_that_a_demotion_has_stopped_is_started_when_it_stays_one(
+    m: Scripted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    m.put(*AS_SERVER, WAL)
+    m.ours(SERVER)
+    m.has(OLD, UNIT[SERVER])
+    with monkeypatch.context() as patch:
+        patch.setattr(Script, "stop", _stops_and_dies)
+        assert m.apply(replace(JOIN_AGENT, action=Action.STEP_DOWN)).outcome is Outcome.FAILED
+    m.power_cut()
+    assert m.units == set()
+    m.does(JOIN)
+    assert m.runs(UNIT[SERVER])
+
+
+def test_an_agent_that_prepared_to_be_a_server_is_left_to_its_owner(m: Scripted) -> None:
+    m.put(*AS_AGENT)
+    m.ours(AGENT)
+    m.has(OLD, UNIT[AGENT])
+    m.does(PREPARE)
+    m.systemctl("disable", "--now", UNIT[AGENT])
+    m.does(JOIN_AGENT)
+    assert m.units == set()
+
+
+@pytest.mark.parametrize("cut", ["halt", "stop"])
+def test_k3s_that_is_stopped_while_it_joins_starts_at_the_boot_after_a_power_cut(
+    m: Scripted, monkeypatch: pytest.MonkeyPatch, cut: str
+) -> None:
+    """Until it is sure that it has not become a member: then the cluster may need it."""
+    m.does(JOIN)
+    with monkeypatch.context() as patch:
+        patch.setattr(Script, "stop", _dies)
+        if cut == "halt":
+            patch.setattr(Script, "halt", _dies)
+        assert m.apply(JOIN_AGENT).outcome is Outcome.FAILED
+    m.power_cut()
+    assert m.runs(UNIT[SERVER])
+    m.does(JOIN_AGENT)
+    assert m.runs(UNIT[AGENT])
+
+
+def test_an_agent_that_has_not_joined_yet_is_not_stopped_for_it(m: Scripted) -> None:
+    m.does(JOIN_AGENT)
+    said = m.paths.root / "systemd/said"
+    said.write_text("")
+    m.does(JOIN_AGENT)
+    assert "stop" not in said.read_text()
+    assert "disable --now" not in said.read_text()
+    script = Script(load_config(m.paths), m.paths)
+    assert [script.running(role) for role in (None, AGENT, SERVER)] == [True, True, False]
 
 
 @pytest.mark.parametrize("unit", ["k3s.service", "k3s-shop.service"])
@@ -349,3 +433,21 @@ def test_a_systemctl_that_hangs_is_named(m: Scripted, monkeypatch: pytest.Monkey
     monkeypatch.setattr(install, "SYSTEMCTL_TIMEOUT_S", 0.1)
     with pytest.raises(MachineError, match="systemctl took longer than"):
         Script(load_config(m.paths), Paths(m.paths.root)).running()
+
+
+# --- method exec ----------------------------------------------------------------------------
+
+
+def test_a_supervisor_runs_k3s_in_one_role(m: Scripted) -> None:
+    binary = m.paths.root / "k3s"
+    binary.write_text("#!/bin/sh\nexec sleep 60\n")
+    binary.chmod(0o755)
+    way = Exec(binary, m.paths)
+    roles = (None, AGENT, SERVER)
+    assert [way.running(role) for role in roles] == [False, False, False]
+    way.start(SERVER)
+    assert [way.running(role) for role in roles] == [True, False, True]
+    way.stop()
+    assert not way.running()
+    way.owe_start(SERVER)
+    assert not way.owes_start(SERVER), "each order starts it"

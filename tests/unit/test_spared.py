@@ -79,6 +79,17 @@ def test_no_server_becomes_an_agent_while_it_is_needed(
     assert "stop" in m.k3s.did
 
 
+def test_a_server_that_is_needed_by_the_time_it_is_to_stop_goes_on(
+    m: Machine, fake: FakeApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may take minutes to install what it is to be; another server goes off meanwhile."""
+    for name in ("n2", "n3"):
+        fake.add_node(name, server=True)
+    monkeypatch.setattr(m.k3s, "install", lambda _: fake.add_node("n2", server=True, ready=False))
+    is_refused(m, JOIN_AGENT, "1 of the other servers are ready, 2 must be before this one stops")
+    assert m.k3s.running(SERVER)
+
+
 def test_who_is_no_member_any_more_is_not_needed(m: Machine, fake: FakeApi) -> None:
     del fake.nodes["n1"]
     fake.add_node("n2", server=True, ready=False)
@@ -114,6 +125,38 @@ def test_a_server_that_is_stopped_is_not_asked(m: Machine, fake: FakeApi) -> Non
     m.k3s.role = None
     assert m.apply(STEP_DOWN).outcome is Outcome.DONE
     assert fake.requests == []
+
+
+@pytest.mark.parametrize("order", [STEP_DOWN, JOIN_AGENT], ids=lambda order: order.action)
+def test_who_becomes_a_member_while_it_is_stopped_is_one(
+    m: Machine, fake: FakeApi, monkeypatch: pytest.MonkeyPatch, order: Order
+) -> None:
+    """K3s was about to join as a server. Of two members neither may be off."""
+    (m.paths.k3s_data / WAL).rmdir()
+    for name in AS_SERVER:
+        (m.paths.k3s_data / name).unlink()
+    fake.add_node("n2", server=True)
+
+    def joins() -> None:
+        m.put(*AS_SERVER, WAL)
+        m.k3s.role = None
+
+    with monkeypatch.context() as patch:
+        patch.setattr(m.k3s, "halt", joins)
+        said = m.said()
+        result = m.apply(order)
+    assert result.outcome is Outcome.FAILED
+    assert "K3s has become a member of etcd here just now" in str(result.reason)
+    assert not result.started, "that was of an agent"
+    assert m.k3s.running(SERVER)
+    assert (m.paths.k3s_data / WAL).exists()
+    assert m.said() == said
+    # From here on it is asked whether the cluster can do without it.
+    assert "1 of the other servers are ready, 2 must be" in str(m.apply(order).reason)
+    assert m.k3s.running(SERVER)
+    del fake.nodes["n1"]
+    assert m.apply(order).outcome is Outcome.DONE
+    assert (m.paths.k3s_data / "server.before-agent/db/etcd/member/wal").exists()
 
 
 SAYS = b"# TYPE etcd_server_has_leader gauge\netcd_server_has_leader %s\nother 1\n"

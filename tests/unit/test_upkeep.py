@@ -299,13 +299,46 @@ def test_a_leave_goes_on_where_it_was(server: Server, daemon: Daemon) -> None:
     assert [step for step, _ in daemon.asked] == ["drain", "stop", "remove", "remove"]
 
 
-@pytest.mark.parametrize("step", [leave.DRAINED, leave.STOPPED, leave.REMOVED])
-def test_a_killed_leave_finishes(server: Server, daemon: Daemon, step: str) -> None:
+@pytest.mark.parametrize(
+    ("step", "asked"),
+    [
+        (leave.DRAINED, [("stop", True), ("remove", False)]),
+        (leave.STOPPED, [("remove", True)]),
+        (leave.REMOVED, []),
+    ],
+)
+def test_a_killed_leave_finishes(
+    server: Server, daemon: Daemon, step: str, asked: list[tuple[str, bool]]
+) -> None:
+    """And stops K3s by a new word only: much may have happened since the one it had."""
     underway.save(server.paths, Progress(command="leave", step=step))
     assert operate.leave(server.paths, yes=True) == 0
-    assert [each for each, _ in daemon.asked] == ([] if step == leave.REMOVED else ["remove"])
+    assert daemon.asked == asked
     assert server.paths.left.exists()
     assert not server.paths.underway.exists()
+
+
+def test_a_killed_leave_is_refused_while_k3s_here_is_needed(server: Server, daemon: Daemon) -> None:
+    underway.save(server.paths, Progress(command="leave", step=leave.DRAINED))
+    daemon.errors["stop"] = "removing n1 would cost the quorum"
+    before = server.files()
+    with pytest.raises(UnavailableError, match="would cost the quorum"):
+        operate.leave(server.paths, yes=True)
+    assert server.files() == before, "it goes on from there"
+    assert server.said == []
+    daemon.errors.clear()
+    assert operate.leave(server.paths, yes=True) == 0
+
+
+def test_what_has_stopped_needs_no_word_that_it_may(server: Server, daemon: Daemon) -> None:
+    """Killed between the stop and its note. Who is off is a member still, so nobody would say so
+    while the others are too few; and K3s must not start at a boot any more."""
+    underway.save(server.paths, Progress(command="leave", step=leave.DRAINED))
+    (server.paths.root / "active").unlink()
+    daemon.errors["stop"] = "removing n1 would cost the quorum"
+    assert operate.leave(server.paths, yes=True) == 0
+    assert daemon.asked == [("remove", False)]
+    assert server.said[0] == "disable --now k3s.service"
 
 
 def test_a_silent_daemon_is_named_before_anything(server: Server) -> None:
