@@ -23,7 +23,6 @@ RUNS_FOR_ALL = 20_000
 BEYOND_REACH = {
     "electing -> standing-down": "who started an epoch that was abandoned stands down at once",
     "waiting -> standing-down": "as above",
-    "waiting -> initialising": "only an operator nominates a node that has not promised",
     "ready -> discovering": "who is ready has data, and follows no other start",
 }
 NOT_FED = {
