@@ -51,7 +51,7 @@ the log's limit (``log.ENTRIES_LIMIT``) lasts for weeks and not for minutes."""
 def answer_prepare(turn: Turn, sender: NodeId, message: Prepare) -> Promise | Reject | Learned:
     """Phase 1b: promise, refuse, or tell what is chosen already."""
     node = turn.node
-    if node.generation.number:
+    if node.generation.number or node.seal is not None:
         return chosen_from(node, 0)
     if message.decree < len(node.log):
         return chosen_from(node, message.decree)
@@ -67,7 +67,7 @@ def answer_prepare(turn: Turn, sender: NodeId, message: Prepare) -> Promise | Re
 def answer_accept(turn: Turn, sender: NodeId, message: Accept) -> Accepted | Reject | Learned:
     """Phase 2b: accept, refuse, or tell what is chosen already."""
     node = turn.node
-    if node.generation.number:
+    if node.generation.number or node.seal is not None:
         return chosen_from(node, 0)
     if message.decree < len(node.log):
         return chosen_from(node, message.decree)
@@ -336,8 +336,8 @@ def learn(turn: Turn, message: Learned, *, announce: bool = False) -> None:
         _split(turn, message)
         return
     fresh = message.entries[len(known) :]
-    if not fresh:
-        return
+    if not fresh or node.seal is not None:
+        return  # a seal ends the log for ever
     if len(node.log) + len(fresh) > log.ENTRIES_LIMIT or any(
         log.flaw(len(node.log) + i, value) for i, value in enumerate(fresh)
     ):
@@ -364,10 +364,14 @@ def learn(turn: Turn, message: Learned, *, announce: bool = False) -> None:
 
 
 def _follow(turn: Turn, message: Learned) -> bool:
-    """Change over to a higher generation, if this machine's K3s holds nothing of the lower one."""
+    """Change over to a higher generation, if this machine's K3s holds nothing of another cluster
+    than that which it seals."""
     node = turn.node
-    begins = message.first == 0 and message.entries
-    if not begins or message.generation < node.generation or guards.holds_data(node):
+    if message.first or not message.entries or message.generation < node.generation:
+        return False
+    last, facts = message.entries[-1], node.facts
+    ours = isinstance(last, Seal) and facts is not None and facts.ca_hash == last.ca_hash
+    if guards.holds_data(node) and not ours:
         return False
     turn.report(f"follows the start that {node.name_of(message.generation.by)} was forced to")
     open_generation(turn, message.generation)

@@ -15,7 +15,8 @@ from k3sagentd.core.words import NodeId, NodePhase, Role, short
 CLONED = (
     "another live machine has this node's identity ({address}); run k3sagentd reset on one of them"
 )
-GIVE_UP = "k3s-uninstall.sh, which deletes it, then systemctl restart k3sagentd"
+AFTER_THE_SEAL = (NodePhase.JOINING, NodePhase.READY, NodePhase.FAILED)
+GIVE_UP = "K3s's own k3s-uninstall.sh, which deletes it, then systemctl restart k3sagentd"
 
 
 def existing_cluster(node: Node) -> str | None:
@@ -90,12 +91,14 @@ def _has_data(node: Node) -> bool:
 def superseded(node: Node) -> str | None:
     """The operator forced a new cluster, and this machine has data of the one before, or was told
     to start it and does not know what came of that."""
-    was_told = node.durable.started_epoch is not None and node.drive.order is None
+    order = node.drive.order
+    starting = order is not None and order.action in (Action.INIT, Action.JOIN)
+    was_told = node.durable.started_epoch is not None and not starting
     if not _has_data(node) and not (was_told and node.facts is not None):
         return None
     has = "has data of" if _has_data(node) else "was to start"
     for hello in node.up:
-        if hello.generation > node.generation:
+        if hello.generation > node.generation and not is_of_our_cluster(node, hello):
             return (
                 f"{node.name_of(hello.node)} was forced to start a new cluster, and this machine "
                 f"{has} the one before; k3sagentd reset here gives that up and joins the new one"
@@ -117,13 +120,13 @@ def why_not_force(node: Node) -> str | None:
         return "role is agent here; allowed: server or auto"
     stores = (Datastore.ETCD, Datastore.SQLITE)
     holders = [hello for hello in node.up if hello.member or hello.datastore in stores]
+    holders = [hello for hello in holders if not is_of_our_cluster(node, hello)]
     if holders:
         names = ", ".join(node.name_of(hello.node) for hello in holders)
         return f"{names} has a cluster's data; bring it up there, or k3sagentd reset it first"
     store = node.facts.datastore
-    if is_cloned(node) and store is Datastore.NONE:
-        # Its twin would be the same init node.
-        return f"{muted(node)}; on this one before its start is forced"
+    if is_cloned(node):
+        return f"{muted(node)}; what is forced on one would be the other's start as well"
     if node.seal is not None and store is Datastore.ETCD:
         return "this machine has the data of the site's cluster, and must not found another"
     if store is Datastore.AGENT or (node.seal is not None and _has_data(node)):
@@ -147,19 +150,30 @@ def is_cloned(node: Node) -> bool:
 def muted(node: Node) -> str | None:
     """Why this identity never votes again, and what a person can do; None where it may vote.
 
-    Nobody is told to reset a machine that may have the only data of a cluster.
+    Nobody is told to reset a machine that may have the only data of a cluster, nor one that voted
+    while the others go on.
     """
     reason, facts = node.durable.muted, node.facts
-    if reason is None or is_cloned(node) or facts is None:
+    if reason is None or is_cloned(node) or facts is None or node.seal is not None:
         return reason
     if facts.datastore in (Datastore.NONE, Datastore.AGENT):
-        return f"{reason}; k3sagentd reset gives it a new one"
-    mine = existing_cluster(node)
-    if node.seal is not None or mine is None or facts.origin_node == node.id:
+        return f"{reason}; where the site needs its vote: k3sagentd reset on all of its machines"
+    if facts.removed:
         return reason
-    if mine in {claim(node, hello) for hello in node.up if hello.may_vote}:
-        return reason
+    was_here_first = facts.told_name is None and facts.origin is None
+    if not was_here_first and node.nodes > 1:
+        return f"{reason}; it waits for the other machines of its site"
+    if any(is_of_our_cluster(node, h) and h.may_vote and h.role is not Role.AGENT for h in node.up):
+        return reason  # that one starts the site
     return f"{reason}; k3sagentd cluster-init --force here starts the site with the cluster it has"
+
+
+def is_of_our_cluster(node: Node, hello: Hello) -> bool:
+    """Whether a peer has data of the same cluster as this machine."""
+    facts = node.facts
+    if facts is None or facts.ca_hash is None or facts.datastore is not Datastore.ETCD:
+        return False
+    return hello.existing == facts.ca_hash
 
 
 def quorum_missing(node: Node) -> str | None:
@@ -187,14 +201,19 @@ def conflict(node: Node) -> str | None:
         return node.split
     if trouble := superseded(node):
         return trouble
+    if trouble := another_log(node):
+        return trouble
     mine = existing_cluster(node)
     if node.seal is not None:
         if mine is None or mine == node.seal.ca_hash:
             return None
-        return (
-            f"this machine has K3s data of another cluster ({_cluster(mine)}) than the site "
-            f"({_cluster(node.seal.ca_hash)}); to give that up and join the site's: {GIVE_UP} here"
-        )
+        two = f"{_cluster(mine)}, and the site's is another, {_cluster(node.seal.ca_hash)}"
+        if node.facts is not None and node.facts.told_name is not None:
+            return (
+                f"K3s here, which was started for this site, has {two}: its CA was changed, or "
+                "this is another cluster's disk"
+            )
+        return f"this machine's cluster has {two}; to give it up and join: {GIVE_UP} here"
     clusters = {there: hello.node for hello in node.up if (there := claim(node, hello))}
     if mine is not None:
         clusters[mine] = node.id
@@ -206,6 +225,22 @@ def conflict(node: Node) -> str | None:
     return (
         f"two clusters under one token: {named}; on the machines of the one to give up: {GIVE_UP}"
     )
+
+
+def another_log(node: Node) -> str | None:
+    """A sealed site is here, and what was chosen among other machines before stands in its way.
+
+    A seal ends the log: who has as many entries and none has entries of another log.
+    """
+    if node.seal is not None:
+        return None
+    for hello in node.kin:
+        if hello.phase in AFTER_THE_SEAL and hello.log_length <= len(node.log):
+            return (
+                f"{node.name_of(hello.node)} is of a site that is sealed, and this machine began "
+                "another with other machines; k3sagentd reset here, and it joins that site"
+            )
+    return None
 
 
 def _cluster(existing: str) -> str:

@@ -263,12 +263,11 @@ def _on_forced(turn: Turn) -> None:
     if guards.why_not_force(node) is not None or guards.is_forced_already(node):
         return
     generation = Generation(number=node.generation.number + 1, by=node.id)
-    durable = node.durable
     kept: dict[str, Any] = {}
-    if standing.has_own_start(node):
+    if standing.is_own_start(node):
         kept = {
-            "started_epoch": durable.started_epoch,
-            "started_generation": durable.started_generation,
+            "started_epoch": standing.started_epoch(node),
+            "started_generation": standing.started_generation(node),
         }
     turn.report("the operator decides instead of a quorum: this node starts the cluster")
     election.open_generation(turn, generation, **kept)

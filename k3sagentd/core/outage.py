@@ -48,6 +48,8 @@ def quorum_lost(node: Node) -> str | None:
     needed. Nor is one that fell silent before the API last answered: perhaps its K3s goes on.
     """
     members = [each for each in roster.members(node) if _is_counted(node, each)]
+    if not members:
+        return None  # of who was never heard we know nothing
     silent = [each for each in members if roster.absent_since_s(node, each) is not None]
     empty = [each for each in members if each not in silent and not _may_have_data(node, each)]
     empty += [each for each in silent if guards.is_installed_anew(node, each)]

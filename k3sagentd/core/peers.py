@@ -8,15 +8,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from k3sagentd.core import guards, roster
-from k3sagentd.core.k3s import Datastore
+from k3sagentd.core.k3s import Datastore, ServerOrAgent
 from k3sagentd.core.messages import Cloned, Fetch, Hello
 from k3sagentd.core.state import PEERS_LIMIT, Node, Peer
 from k3sagentd.core.turn import Turn
-from k3sagentd.core.words import NodeId, NodePhase, short
+from k3sagentd.core.words import NodeId, short
 
 FLIPS_OF_CLONES = 2
 """A restart changes the instance once, a late answer may change it back once; clones go on."""
-AFTER_THE_SEAL = (NodePhase.JOINING, NodePhase.READY, NodePhase.FAILED)
 FETCH_S = 2.0
 """Before a peer that knows more is asked again."""
 
@@ -50,6 +49,8 @@ def on_hello(turn: Turn, hello: Hello) -> None:
                 turn.send(hello.node, Cloned(address=before.hello.address))
     if hello.server_url is not None or (hello.member and hello.datastore is Datastore.ETCD):
         peer = replace(peer, served=True)
+    elif hello.k3s_role is ServerOrAgent.AGENT:
+        peer = replace(peer, served=False)  # it was struck out, and its member with it
     news = before is None or not before.up
     refused = {a: r for a, r in node.refused.items() if a != hello.address}
     turn.set(
@@ -103,9 +104,10 @@ def catch_up(turn: Turn) -> None:
         peer = node.peers[hello.node]
         if has_news(node, hello) and turn.now_s >= peer.fetch_s + FETCH_S:
             turn.set(peers={**node.peers, hello.node: replace(peer, fetch_s=turn.now_s)})
-            newer = hello.generation > node.generation
-            first = 0 if newer else len(node.log)
-            generation = hello.generation if newer else node.generation
+            # A log that is sealed is read whole: it may be another than what was begun here.
+            whole = hello.generation > node.generation or hello.phase in guards.AFTER_THE_SEAL
+            first = 0 if whole else len(node.log)
+            generation = max(hello.generation, node.generation)
             turn.send(hello.node, Fetch(first=first, generation=generation))
             return
 
@@ -114,10 +116,12 @@ def has_news(node: Node, hello: Hello) -> bool:
     """Whether a peer has entries that we would take: those of our count, or a sealed log."""
     if hello.generation != node.generation:
         newer = hello.generation > node.generation and hello.log_length > 0
-        return newer and not guards.holds_data(node)
-    if hello.log_length <= len(node.log):
+        ours = guards.is_of_our_cluster(node, hello) and hello.phase in guards.AFTER_THE_SEAL
+        return newer and (ours or not guards.holds_data(node))
+    if hello.log_length <= len(node.log) or node.seal is not None:
         return False
-    return hello.generation.number > 0 or hello.nodes == node.nodes or hello.phase in AFTER_THE_SEAL
+    counted = hello.generation.number > 0 or hello.nodes == node.nodes
+    return counted or hello.phase in guards.AFTER_THE_SEAL
 
 
 def mute(turn: Turn, reason: str) -> None:

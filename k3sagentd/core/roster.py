@@ -225,7 +225,7 @@ def _next(
         fewer = kept if _may_shrink(node, len(kept), now_s) else current
         if surplus and not waits and len(fewer) % 2 == 0 and len(fewer) > node.site.servers:
             fewer = tuple(each for each in fewer if each != surplus[-1].node)
-        elif len(fewer) % 2 == 0:
+        elif dead and len(fewer) % 2 == 0:
             # Who has not come in yet waits for the dead one to be prepared: it is asked again.
             outside = [h.node for h in here if h.node in fewer and not h.member]
             fewer = tuple(each for each in fewer if each not in outside[-1:])

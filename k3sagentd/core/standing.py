@@ -51,6 +51,12 @@ def has_own_start(node: Node) -> bool:
     return made == (durable.started_generation, durable.started_epoch)
 
 
+def is_own_start(node: Node) -> bool:
+    """Whether it is that, also where the state that would say so is lost."""
+    lost = node.durable.started_epoch is None and is_own(node)
+    return has_own_start(node) or (lost and started_epoch(node) is not None)
+
+
 def must_stand_down(node: Node) -> bool:
     """Whether the epoch in which we were to start the cluster was abandoned."""
     started = started_epoch(node)

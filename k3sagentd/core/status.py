@@ -121,7 +121,7 @@ def _idle_cluster(node: Node, best: Hello) -> str | None:
     name = f"{node.name_of(idle.node)}, which has K3s data of a cluster"
     if idle.role is Role.AGENT:
         return f"{name}, to be able to lead: role: agent is set there"
-    return f"{name} but lost its votes, to start the site: k3sagentd cluster-init --force there"
+    return f"{name} but may not vote, to start the site: see k3sagentd status there"
 
 
 def _init_node(node: Node, now_s: float) -> str:

@@ -318,7 +318,7 @@ LINES: tuple[tuple[str, Callable[[World, Computer, re.Match[str]], bool]], ...] 
     (r"its votes are lost|another live machine has this node's identity", _muted),
     (r"^(\S+), which has K3s data of a cluster, to be on again", _is_off),
     (r"has K3s data of a cluster", _owner),
-    (r"two clusters under one token|data of another cluster", _clusters),
+    (r"two clusters under one token|and the site's is another", _clusters),
     (r"(\S+) was forced to start a new cluster, and this machine has data", _clusters),
     (r"(\S+) was forced to start a new cluster, and this machine was to", _was_told),
     (r"the memory cgroup is off|single-node cluster of its own|the data of", _hopeless),

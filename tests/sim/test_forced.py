@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Who may start a cluster alone, and who may not even by force. Each was a bug."""
 
+from dataclasses import replace
+
 from k3sagentd.core import guards, status
 from k3sagentd.core.events import MessageReceived
-from k3sagentd.core.k3s import K3sState
+from k3sagentd.core.k3s import Datastore, Facts, K3sState
 from k3sagentd.core.log import Nominate
 from k3sagentd.core.messages import Learned
 from k3sagentd.core.words import NodeId, NodePhase
@@ -38,11 +40,9 @@ def test_no_start_is_forced_on_a_clone() -> None:
     """Its twin would take that start for its own, and lead as well."""
     wire = play("site a b c nodes=3\non a\nclone a")
     refused = str(guards.why_not_force(node_of(wire, "a")))
-    assert refused.endswith(
-        "k3sagentd reset on one of them; on this one before its start is forced"
-    )
+    assert refused.endswith("what is forced on one would be the other's start as well")
     wire = play(f"site a b c nodes=3\ndisk a sqlite {CA}\non a\nclone a")
-    assert guards.why_not_force(node_of(wire, "a")) is None, "a reset would cost its data"
+    assert guards.why_not_force(node_of(wire, "a")) is not None, "all would wait for it for ever"
 
 
 def test_no_force_while_an_abandoned_start_is_put_aside() -> None:
@@ -59,7 +59,8 @@ def test_who_has_the_only_cluster_and_lost_its_votes_starts_the_site_by_force() 
     remedy = "k3sagentd cluster-init --force"
     assert said(wire, "c").endswith(f"{remedy} here starts the site with the cluster it has")
     assert said(wire, "a") == (
-        f"c, which has K3s data of a cluster but lost its votes, to start the site: {remedy} there"
+        "c, which has K3s data of a cluster but may not vote, to start the site: see k3sagentd "
+        "status there"
     )
     play("force c\ndeliver\napply c done\nready c\ndeliver\ngo 10s\napply a done\nready a", wire)
     assert node_of(wire, "c").phase is NodePhase.READY
@@ -79,9 +80,60 @@ def test_a_start_that_was_forced_and_is_done_is_not_forced_again() -> None:
     assert node_of(wire, "a").generation.number == 2
 
 
-def test_who_lost_its_votes_and_has_no_cluster_is_reset() -> None:
+def test_who_lost_its_votes_is_not_reset_alone() -> None:
+    """It may be one of the two that sealed the site: the other would find a quorum that was not."""
     wire = play("site a b c nodes=3\nforget c\non c")
-    assert "; k3sagentd reset gives it a new one; 1 of 3 machines here" in said(wire, "c")
+    advice = "where the site needs its vote: k3sagentd reset on all of its machines"
+    assert f"; {advice}; 1 of 3 machines here" in said(wire, "c")
+
+
+def test_a_server_of_this_site_that_lost_its_votes_waits_for_the_others() -> None:
+    """It was told to force a start, and the healthy ones to give their cluster up."""
+    wire = play(THREE_SERVERS)
+    for name in "abc":
+        facts = Facts(fsync_ms=1.0, datastore=Datastore.ETCD, ca_hash=CA, told_name=name)
+        if name == "a":
+            facts = replace(facts, origin=0, origin_node=NodeId("a"))
+        wire.machines[name].facts = facts
+    play("off a b c d\nforget c\non c\ngo 5s", wire)
+    assert "it waits for the other machines of its site; 1 of 4 machines here" in said(wire, "c")
+    # Where it is forced all the same: they are of the cluster that it has, and go on with it.
+    play("force c\ngo 1s\napply c done\non a b d\nmeet a b c d\ndeliver\ngo 5s", wire)
+    feed(wire, "c", K3sState(running=True, ready=True, ca_hash=CA, detail="ready"))
+    play("deliver\ngo 10s\napply a done\napply b done\nready a\nready b\ngo 10s", wire)
+    assert [node_of(wire, name).phase for name in "abc"] == [NodePhase.READY] * 3
+    assert {node_of(wire, name).generation.number for name in "abc"} == {1}
+
+
+def test_of_two_servers_that_lost_their_votes_either_starts_their_cluster() -> None:
+    """Each named the other as what stood in the way, to be reset."""
+    disks = f"disk b etcd {CA}\ndisk c etcd {CA}\nforget c\nforget b"
+    wire = play(f"site a b c nodes=3 servers=3\n{disks}\non a b c\nmeet a b c\ngo 60s")
+    assert [guards.why_not_force(node_of(wire, name)) for name in "bc"] == [None] * 2
+    assert guards.why_not_force(node_of(wire, "a")) is not None
+
+
+def test_a_machine_that_is_the_whole_site_starts_its_own_cluster_by_force() -> None:
+    wire = play("site a nodes=1\non a\ngo 11s\napply a done\nready a\ndeliver\ngo 5s")
+    facts = node_of(wire, "a").facts
+    assert facts is not None
+    wire.machines["a"].facts = facts
+    play("off a\nforget a\non a\ngo 5s", wire)
+    assert "k3sagentd cluster-init --force here starts the site" in said(wire, "a")
+    play("force a\ngo 1s", wire)
+    order = wire.machines["a"].order
+    assert order is not None
+    # As root's marker beside the data says; else it would not touch it.
+    assert (order.generation, order.epoch) == (facts.origin_generation, facts.origin)
+
+
+def test_another_ca_is_not_taken_for_another_cluster_where_k3s_is_ours() -> None:
+    wire = play(THREE_SERVERS)
+    facts = Facts(fsync_ms=1.0, datastore=Datastore.ETCD, ca_hash="c2" * 32, told_name="b")
+    wire.machines["b"].facts = facts
+    play("off b\non b\nmeet a b c d\ngo 5s", wire)
+    assert node_of(wire, "b").phase is NodePhase.CONFLICT
+    assert "k3s-uninstall" not in said(wire, "b")
 
 
 def test_who_lost_its_votes_waits_for_its_cluster() -> None:

@@ -100,3 +100,16 @@ def test_an_init_node_of_before_starts_nothing_beside_a_forced_one() -> None:
         "a person: b was forced to start a new cluster, and this machine was to start the one "
         "before; k3sagentd reset here gives that up and joins the new one"
     )
+
+
+def test_an_init_node_that_prepares_hears_of_a_forced_start() -> None:
+    wire = play(
+        "site a b c nodes=3 servers=1\non a b c\nmeet a b c\ndeliver\napply a done\nready a\n"
+        "deliver\ngo 5s\noff a b c\ndisk a none\non b c\nmeet b c\nforce b\ngo 1s\n"
+        "apply b done\nready b\ndeliver\ngo 10s\non a\ngo 5s"
+    )
+    order = wire.machines["a"].order
+    assert order is not None
+    assert order.action is Action.PREPARE
+    play("apply a done\ngo 5s\nmeet a b c\ndeliver\ngo 60s", wire)
+    assert said(wire, "a").startswith("a person: b was forced to start a new cluster, and this")

@@ -108,3 +108,17 @@ def test_a_dead_server_and_one_that_comes_in_do_not_wait_for_each_other() -> Non
     assert len(servers) == 3
     assert "e" in servers, "it takes another's place, as was asked for"
     assert "d" not in servers
+
+
+def test_a_joiner_that_cannot_prepare_is_asked_again_after_growing_pauses() -> None:
+    """Struck out at once, and listed again as a new one, it prepared every eight seconds."""
+    wire = play(THREE_SERVERS + "\nrole e server\non e\nmeet a b c d e\ndeliver")
+    orders = set()
+    for _ in range(1200):
+        play("go 1s", wire)
+        order, ordered_s = wire.machines["e"].order, node_of(wire, "e").drive.ordered_s
+        if order is not None and ordered_s not in orders:
+            orders.add(ordered_s)
+            play("apply e failed" if order.action is Action.PREPARE else "apply e done", wire)
+    assert node_of(wire, "a").roster.revision < 12
+    assert len(orders) < 40

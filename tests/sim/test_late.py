@@ -6,9 +6,14 @@ from dataclasses import replace
 
 import pytest
 
-from k3sagentd.core.events import AddressChanged
+from k3sagentd.core import machine
+from k3sagentd.core.effects import Send
+from k3sagentd.core.events import AddressChanged, MessageReceived
 from k3sagentd.core.k3s import Action
-from k3sagentd.core.words import NodePhase
+from k3sagentd.core.log import Nominate
+from k3sagentd.core.messages import Accept, Intent, Learned, Prepare
+from k3sagentd.core.paxos import Ballot
+from k3sagentd.core.words import NodeId, NodePhase
 from tests.sim.scenario import Wire
 from tests.sim.scenes import node_of, play, said
 from tests.sim.test_promise import site, until
@@ -71,3 +76,60 @@ def test_late_machines_join_though_they_are_a_quorum(nodes: int, late: int) -> N
     until(world, lambda: world.complete)
     assert len(world.computers) == nodes + late
     assert len(world.promise.founded) == 1
+
+
+SEALED = (
+    "site a b c d e f nodes=3 servers=1\non a b c\nmeet a b c\ndeliver\napply a done\nprobed a\n"
+    "deliver\napply b done\napply c done\nprobed b\nprobed c\ngo 5s\n"
+)
+ANOTHER_LOG = "a person: a is of a site that is sealed, and this machine began another with other "
+
+
+def test_a_sealed_log_takes_no_more_entries() -> None:
+    """Machines that began elsewhere and gave up took a ready site into a second cluster."""
+    wire = play(SEALED + "on d e f\nmeet d e f\ndeliver\ngo 5s\napply f hopeless\ngo 60s")
+    play("apply f done\ngo 0.2s", wire)
+    before = node_of(wire, "a").log
+    assert len(node_of(wire, "d").log) > len(before)
+    play("meet a b c d e f\ndeliver\ngo 300s", wire)
+    for name in "abc":
+        assert node_of(wire, name).log == before
+        assert node_of(wire, name).phase is NodePhase.READY
+    for name in "def":
+        assert said(wire, name).startswith(ANOTHER_LOG)
+    assert actions(wire, "def") == [Action.INIT, None, Action.STAND_DOWN], "as it was before"
+
+
+def test_one_that_gave_up_alone_leaves_a_ready_server_in_peace() -> None:
+    """It was told to stand down: the log of the one had an epoch more for the other."""
+    wire = play("site a b nodes=1\non a\ngo 11s\napply a done\nprobed a\ndeliver\non b\ngo 11s")
+    play("apply b hopeless\ngo 1s\napply b done\ngo 1s\nmeet a b\ndeliver\ngo 300s", wire)
+    assert node_of(wire, "a").phase is NodePhase.READY
+    assert actions(wire, "a") == [Action.INIT]
+    assert said(wire, "b").startswith(ANOTHER_LOG)
+
+
+def test_one_that_began_alone_does_not_join_half() -> None:
+    """It took the seal after its own nomination, and waited for a place that nobody kept."""
+    wire = play("site a b nodes=1\non a\ngo 11s\napply a done\nprobed a\ndeliver\non b\ngo 11s")
+    play("meet a b\ndeliver\ngo 300s", wire)
+    assert node_of(wire, "b").phase is NodePhase.CONFLICT
+    assert said(wire, "b").endswith("two sites share this token")
+    assert node_of(wire, "a").phase is NodePhase.READY
+
+
+def test_no_message_adds_to_a_sealed_log() -> None:
+    wire = play(SEALED)
+    a = node_of(wire, "a")
+    ballot = Ballot(round=9, node=NodeId("d"))
+    nominate = Nominate(init=NodeId("d"), servers=(NodeId("d"),))
+    for message in (
+        Prepare(decree=2, ballot=ballot, intent=Intent.NOMINATE, nodes=3),
+        Accept(decree=2, ballot=ballot, value=nominate, nodes=3),
+        Learned(first=2, entries=(nominate,), nodes=3),
+    ):
+        event = MessageReceived(now_s=wire.now_s, sender=NodeId("d"), message=message)
+        after, effects = machine.step(a, event)
+        assert after.durable == a.durable
+        answers = [effect.message for effect in effects if isinstance(effect, Send)]
+        assert all(isinstance(each, Learned) and each.entries == a.log for each in answers)

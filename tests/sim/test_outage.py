@@ -4,8 +4,9 @@
 from dataclasses import replace
 
 from k3sagentd.core import outage
-from k3sagentd.core.k3s import K3sState
-from tests.sim.scenes import THREE_SERVERS, feed, node_of, play, said
+from k3sagentd.core.events import HelloReceived
+from k3sagentd.core.k3s import Datastore, Facts, K3sState, ServerOrAgent
+from tests.sim.scenes import CA, THREE_SERVERS, feed, node_of, play, said
 
 ONLY = (
     "a, the cluster's only server, not heard for 5 min: power it on; or, if its disk is lost for "
@@ -48,3 +49,25 @@ def test_servers_that_were_installed_anew_are_not_asked_for() -> None:
     play("on e f\nmeet a d e f\ngo 1s", wire)
     feed(wire, "a", K3sState(running=True, detail="etcd has no quorum"))
     assert "the data of b, c is lost" in str(outage.quorum_lost(node_of(wire, "a")))
+
+
+def test_who_heard_of_no_server_says_nothing_of_etcd() -> None:
+    wire = play(THREE_SERVERS)
+    agent = Facts(fsync_ms=1.0, datastore=Datastore.AGENT, ca_hash=CA)
+    wire.machines["d"].facts = agent
+    play("off a b c d\non d\ngo 1s\napply d done", wire)
+    assert outage.quorum_lost(node_of(wire, "d")) is None
+    assert said(wire, "d") == "K3s on this machine to be ready: K3s is not running"
+
+
+def test_a_server_that_became_an_agent_is_no_member_when_it_is_listed_again() -> None:
+    wire = play(THREE_SERVERS)
+    hello = next(hello for hello in node_of(wire, "a").up if hello.node == "c")
+    for changed in (
+        replace(hello, revision=900, member=False, server_url=None, k3s_role=ServerOrAgent.AGENT),
+        replace(hello, revision=901, member=False, server_url=None),
+    ):
+        wire._feed(wire.machines["a"], HelloReceived(now_s=wire.now_s, hello=changed))
+    play("off b", wire)
+    feed(wire, "a", K3sState(running=True, detail="etcd has no quorum"))
+    assert "1 of etcd's 2 servers" in str(outage.quorum_lost(node_of(wire, "a")))
