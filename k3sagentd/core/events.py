@@ -54,10 +54,12 @@ class MessageReceived:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AddressChanged:
-    """The address of the chosen interface; None while it has none."""
+    """The address of the chosen interface; None while it has none. It may be set before there is
+    a ``carrier``, that is, anybody at the other end."""
 
     now_s: float
     address: str | None
+    carrier: bool = True
     also: tuple[str, ...] = ()
     """Further addresses that the machine has, on whatever interface."""
 

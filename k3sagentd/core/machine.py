@@ -111,8 +111,8 @@ def _absorb(turn: Turn, event: Event) -> None:
             turn.set(refused=dict(list(refused.items())[-REFUSED_LIMIT:]))
         case MessageReceived(sender=sender, message=message):
             _on_message(turn, sender, message)
-        case AddressChanged(address=address, also=also):
-            _on_address(turn, address, also)
+        case AddressChanged():
+            _on_address(turn, event)
         case FactsRead(facts=facts):
             drive.on_seen(turn, facts=facts)
         case ResultRead(result=result):
@@ -133,11 +133,13 @@ def _absorb(turn: Turn, event: Event) -> None:
             assert_never(event)
 
 
-def _on_address(turn: Turn, address: str | None, also: tuple[str, ...]) -> None:
+def _on_address(turn: Turn, event: AddressChanged) -> None:
     """Another address, another network perhaps: who is there is not known yet."""
-    if address != turn.node.address:
-        turn.set(attached_s=turn.now_s if address is not None else math.inf)
-    turn.set(address=address, also=also)
+    if event.address is None or not event.carrier:
+        turn.set(attached_s=math.inf)
+    elif event.address != turn.node.address or turn.node.attached_s == math.inf:
+        turn.set(attached_s=turn.now_s)
+    turn.set(address=event.address, also=event.also)
 
 
 # --- messages -------------------------------------------------------------------------------

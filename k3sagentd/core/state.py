@@ -278,7 +278,7 @@ class Node:
     """Since when fewer servers are ready than the site should have."""
     address: str | None = None
     attached_s: float = float("inf")
-    """Since when it has that address, and with it a network to look at."""
+    """Since when it has that address and a carrier, and so a network to look at."""
     also: tuple[str, ...] = ()
     """Further addresses that this machine has."""
     storage_failure: str | None = None

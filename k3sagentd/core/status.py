@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import assert_never
 
@@ -70,6 +71,8 @@ def _waiting_for(node: Node, now_s: float) -> str | None:
 
 
 def _discovering(node: Node, now_s: float) -> str:
+    if node.attached_s == math.inf:
+        return "a network: its interface has no carrier (is the cable plugged in?)"
     trouble = guards.quorum_missing(node)
     if (muted := guards.muted(node)) is not None:
         # What must be mended by hand is said even where machines are missing as well.

@@ -108,6 +108,7 @@ class Daemon:
         self._control = ControlServer(paths.control, self)
         self._pending_hello: asyncio.TimerHandle | None = None
         self._listening = False
+        self._at: tuple[str | None, tuple[str, ...], bool] | None = None
         self._shown: str | None = None
         self._notes: list[str] = []
         self._hinted: asyncio.Task[None] | None = None
@@ -257,8 +258,12 @@ class Daemon:
         found = addresses.attachment(self._config.interface, self._config.virtual_ip)
         address = found.address if found else None
         also = tuple(each for each in addresses.present() if each != address)
-        if (address, also) != (self.engine.node.address, self.engine.node.also):
-            changed = AddressChanged(now_s=time.monotonic(), address=address, also=also)
+        carrier = found is not None and addresses.has_carrier(found.interface)
+        if (address, also, carrier) != self._at:
+            self._at = (address, also, carrier)
+            changed = AddressChanged(
+                now_s=time.monotonic(), address=address, carrier=carrier, also=also
+            )
             await self.engine.carry_out(changed)
         return found
 

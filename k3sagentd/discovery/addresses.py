@@ -16,6 +16,7 @@ import ifaddr
 # Not /proc/net: under ProcSubset=pid (systemd.exec(5)) that is hidden.
 ROUTES_V4 = Path("/proc/self/net/route")
 ROUTES_V6 = Path("/proc/self/net/ipv6_route")
+INTERFACES = Path("/sys/class/net")
 RTF_UP = 0x1
 RTMGRP = 0x1 | 0x10 | 0x40 | 0x100 | 0x400
 """rtnetlink(7) groups: LINK, IPV4_IFADDR, IPV4_ROUTE, IPV6_IFADDR, IPV6_ROUTE."""
@@ -58,6 +59,17 @@ def attachment(
             if not address.is_loopback:
                 return Attachment(name, adapter.index, str(address))
     return None
+
+
+def has_carrier(interface: str) -> bool:
+    """Whether anybody is at the other end of the interface (Linux: ABI/testing/sysfs-class-net);
+    what cannot be told counts as one."""
+    try:
+        return (INTERFACES / interface / "carrier").read_text().strip() != "0"
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False  # it is not up
 
 
 def present() -> list[str]:

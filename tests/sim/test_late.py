@@ -53,6 +53,27 @@ def test_without_a_network_nobody_is_alone_on_it() -> None:
     assert actions(wire, "a") == [Action.INIT]
 
 
+def test_a_cable_that_is_not_plugged_in_is_no_network() -> None:
+    """An address that is configured is there before the switch is."""
+    wire = play("site a nodes=1\non a")
+
+    def carrier(there: bool) -> None:
+        address = node_of(wire, "a").address
+        event = AddressChanged(now_s=wire.now_s, address=address, carrier=there)
+        wire._feed(wire.machines["a"], event)
+
+    carrier(False)
+    play("go 600s", wire)
+    assert actions(wire, "a") == [None]
+    assert said(wire, "a").startswith("a network: its interface has no carrier")
+    carrier(True)
+    play("go 9s", wire)
+    carrier(True)
+    assert actions(wire, "a") == [None]
+    play("go 2s", wire)
+    assert actions(wire, "a") == [Action.INIT]
+
+
 def test_as_many_late_machines_as_elect_hear_of_the_cluster_first() -> None:
     wire = play(
         "site a b c d e f nodes=3 servers=1\non a b c\nmeet a b c\ndeliver\napply a done\n"
