@@ -327,6 +327,8 @@ def learn(turn: Turn, message: Learned, *, announce: bool = False) -> None:
     if message.generation != turn.node.generation and not _follow(turn, message):
         return
     node = turn.node
+    if node.seal is not None:
+        return  # it ends the log for ever, whatever others have
     counted = message.nodes == node.nodes or message.generation.number > 0
     sealed = message.entries and isinstance(message.entries[-1], Seal)
     if message.first > len(node.log) or not (counted or sealed):
@@ -336,8 +338,8 @@ def learn(turn: Turn, message: Learned, *, announce: bool = False) -> None:
         _split(turn, message)
         return
     fresh = message.entries[len(known) :]
-    if not fresh or node.seal is not None:
-        return  # a seal ends the log for ever
+    if not fresh:
+        return
     if len(node.log) + len(fresh) > log.ENTRIES_LIMIT or any(
         log.flaw(len(node.log) + i, value) for i, value in enumerate(fresh)
     ):
@@ -364,14 +366,10 @@ def learn(turn: Turn, message: Learned, *, announce: bool = False) -> None:
 
 
 def _follow(turn: Turn, message: Learned) -> bool:
-    """Change over to a higher generation, if this machine's K3s holds nothing of another cluster
-    than that which it seals."""
+    """Change over to a higher generation, if this machine's K3s holds nothing of the lower one."""
     node = turn.node
-    if message.first or not message.entries or message.generation < node.generation:
-        return False
-    last, facts = message.entries[-1], node.facts
-    ours = isinstance(last, Seal) and facts is not None and facts.ca_hash == last.ca_hash
-    if guards.holds_data(node) and not ours:
+    begins = message.first == 0 and message.entries
+    if not begins or message.generation < node.generation or guards.holds_data(node):
         return False
     turn.report(f"follows the start that {node.name_of(message.generation.by)} was forced to")
     open_generation(turn, message.generation)

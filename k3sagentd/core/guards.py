@@ -7,7 +7,7 @@ Every function answers None for "go on". The rules are those of the design, sect
 from __future__ import annotations
 
 from k3sagentd.core.k3s import Action, Datastore, Outcome
-from k3sagentd.core.log import Abandon, Nominate, Value, init_of, is_abandoned
+from k3sagentd.core.log import Abandon, Generation, Nominate, Value, init_of, is_abandoned
 from k3sagentd.core.messages import Hello, Intent
 from k3sagentd.core.state import Node
 from k3sagentd.core.words import NodeId, NodePhase, Role, short
@@ -33,7 +33,8 @@ def existing_cluster(node: Node) -> str | None:
         durable = node.durable
         started = (durable.started_generation, durable.started_epoch)
         made = (facts.origin_generation, facts.origin)
-        if started == made and facts.origin_node == node.id:
+        ours = facts.origin_node == node.id and facts.origin_generation == node.generation.number
+        if started == made and ours:
             return None
         if _abandoned(node, *made, facts.origin_node):
             return None
@@ -98,12 +99,28 @@ def superseded(node: Node) -> str | None:
         return None
     has = "has data of" if _has_data(node) else "was to start"
     for hello in node.up:
-        if hello.generation > node.generation and not is_of_our_cluster(node, hello):
+        if hello.generation <= node.generation:
+            continue
+        name = node.name_of(hello.generation.by)
+        if _goes_on(node, hello.generation):
             return (
-                f"{node.name_of(hello.node)} was forced to start a new cluster, and this machine "
-                f"{has} the one before; k3sagentd reset here gives that up and joins the new one"
+                f"{name} was forced to start a cluster with the CA of this machine's; if it is the "
+                "same: k3sagentd reset here, one machine after the other, while the others are "
+                "ready"
             )
+        return (
+            f"{name} was forced to start a new cluster, and this machine {has} the one before; "
+            "k3sagentd reset here gives that up and joins the new one"
+        )
     return None
+
+
+def _goes_on(node: Node, generation: Generation) -> bool:
+    """Whether who was forced had data with this machine's CA: perhaps it is the same cluster."""
+    forced, facts = node.peers.get(generation.by), node.facts
+    if forced is None or forced.hello.generation != generation or facts is None:
+        return False
+    return facts.ca_hash is not None and forced.hello.existing == facts.ca_hash
 
 
 def why_not_force(node: Node) -> str | None:
@@ -156,12 +173,18 @@ def muted(node: Node) -> str | None:
     reason, facts = node.durable.muted, node.facts
     if reason is None or is_cloned(node) or facts is None or node.seal is not None:
         return reason
-    if facts.datastore in (Datastore.NONE, Datastore.AGENT):
-        return f"{reason}; where the site needs its vote: k3sagentd reset on all of its machines"
+    if facts.datastore is Datastore.NONE:
+        return (
+            f"{reason}; where the site needs its vote, and none of its machines has a cluster: "
+            "k3sagentd reset on all of them"
+        )
+    if facts.datastore is Datastore.AGENT:
+        return f"{reason}; it waits for a server of its cluster"
     if facts.removed:
         return reason
     was_here_first = facts.told_name is None and facts.origin is None
-    if not was_here_first and node.nodes > 1:
+    is_all = node.nodes == 1 and facts.origin_node == node.id
+    if not (was_here_first or is_all):
         return f"{reason}; it waits for the other machines of its site"
     if any(is_of_our_cluster(node, h) and h.may_vote and h.role is not Role.AGENT for h in node.up):
         return reason  # that one starts the site
@@ -234,13 +257,25 @@ def another_log(node: Node) -> str | None:
     """
     if node.seal is not None:
         return None
-    for hello in node.kin:
-        if hello.phase in AFTER_THE_SEAL and hello.log_length <= len(node.log):
+    for peer in node.peers.values():
+        if not _is_sealed(node, peer.hello) or peer.hello.log_length > len(node.log):
+            continue
+        name = node.name_of(peer.hello.node)
+        if (mine := existing_cluster(node)) is not None:
             return (
-                f"{node.name_of(hello.node)} is of a site that is sealed, and this machine began "
-                "another with other machines; k3sagentd reset here, and it joins that site"
+                f"{name} is of a site that is sealed, and this machine has a cluster of its own "
+                f"({_cluster(mine)}); to give it up and join: {GIVE_UP} here"
             )
+        return (
+            f"{name} is of a site that is sealed, and this machine had begun another one; "
+            "k3sagentd reset here, and it joins that site"
+        )
     return None
+
+
+def _is_sealed(node: Node, hello: Hello) -> bool:
+    """Whether a peer, as we last heard, knew the seal of the log that this node follows."""
+    return hello.generation == node.generation and hello.phase in AFTER_THE_SEAL
 
 
 def _cluster(existing: str) -> str:
@@ -415,6 +450,8 @@ def cluster_out_of_sight(node: Node) -> str | None:
     here |= {existing_cluster(node) or ""}
     for peer in node.peers.values():
         lost, there = peer.hello.node, claim(node, peer.hello)
+        if there is None and node.seal is None and _is_sealed(node, peer.hello):
+            there = "sealed"
         if peer.up or there is None or there in here or is_installed_anew(node, lost):
             continue
         return (

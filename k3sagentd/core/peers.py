@@ -116,9 +116,8 @@ def has_news(node: Node, hello: Hello) -> bool:
     """Whether a peer has entries that we would take: those of our count, or a sealed log."""
     if hello.generation != node.generation:
         newer = hello.generation > node.generation and hello.log_length > 0
-        ours = guards.is_of_our_cluster(node, hello) and hello.phase in guards.AFTER_THE_SEAL
-        return newer and (ours or not guards.holds_data(node))
-    if hello.log_length <= len(node.log) or node.seal is not None:
+        return newer and not guards.holds_data(node)
+    if hello.log_length <= len(node.log) or node.seal is not None or node.split is not None:
         return False
     counted = hello.generation.number > 0 or hello.nodes == node.nodes
     return counted or hello.phase in guards.AFTER_THE_SEAL

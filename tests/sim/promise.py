@@ -142,10 +142,8 @@ class Promise:
         self._must(new.generation >= old.generation, name, f"{m.name} goes back a generation")
         if new.generation > old.generation:
             forced = new.generation.by == m.id
-            seal = entries.seal_of(new.log)
-            same = seal is not None and m.k3s.cluster == seal.ca_hash
             self._must(
-                forced or same or m.k3s.store is Datastore.NONE,
+                forced or m.k3s.store is Datastore.NONE,
                 "who has data follows no other start",
                 f"{m.name} follows {new.generation.describe()}",
             )

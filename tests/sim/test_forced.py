@@ -3,12 +3,15 @@
 
 from dataclasses import replace
 
+import pytest
+
 from k3sagentd.core import guards, status
 from k3sagentd.core.events import MessageReceived
-from k3sagentd.core.k3s import Datastore, Facts, K3sState
+from k3sagentd.core.k3s import Datastore, Facts, K3sState, ServerOrAgent
 from k3sagentd.core.log import Nominate
 from k3sagentd.core.messages import Learned
 from k3sagentd.core.words import NodeId, NodePhase
+from tests.sim.scenario import Wire
 from tests.sim.scenes import CA, THREE_SERVERS, feed, node_of, play, said
 
 
@@ -83,26 +86,61 @@ def test_a_start_that_was_forced_and_is_done_is_not_forced_again() -> None:
 def test_who_lost_its_votes_is_not_reset_alone() -> None:
     """It may be one of the two that sealed the site: the other would find a quorum that was not."""
     wire = play("site a b c nodes=3\nforget c\non c")
-    advice = "where the site needs its vote: k3sagentd reset on all of its machines"
-    assert f"; {advice}; 1 of 3 machines here" in said(wire, "c")
+    advice = "none of its machines has a cluster: k3sagentd reset on all of them"
+    assert f" and {advice}; 1 of 3 machines here" in said(wire, "c")
 
 
-def test_a_server_of_this_site_that_lost_its_votes_waits_for_the_others() -> None:
-    """It was told to force a start, and the healthy ones to give their cluster up."""
+def three_with_data() -> Wire:
+    """Three servers and what root finds on their disks, all off."""
     wire = play(THREE_SERVERS)
     for name in "abc":
         facts = Facts(fsync_ms=1.0, datastore=Datastore.ETCD, ca_hash=CA, told_name=name)
         if name == "a":
             facts = replace(facts, origin=0, origin_node=NodeId("a"))
         wire.machines[name].facts = facts
-    play("off a b c d\nforget c\non c\ngo 5s", wire)
-    assert "it waits for the other machines of its site; 1 of 4 machines here" in said(wire, "c")
-    # Where it is forced all the same: they are of the cluster that it has, and go on with it.
-    play("force c\ngo 1s\napply c done\non a b d\nmeet a b c d\ndeliver\ngo 5s", wire)
-    feed(wire, "c", K3sState(running=True, ready=True, ca_hash=CA, detail="ready"))
-    play("deliver\ngo 10s\napply a done\napply b done\nready a\nready b\ngo 10s", wire)
-    assert [node_of(wire, name).phase for name in "abc"] == [NodePhase.READY] * 3
-    assert {node_of(wire, name).generation.number for name in "abc"} == {1}
+    return play("off a b c d", wire)
+
+
+SAME_CA = " was forced to start a cluster with the CA of this machine's; if it is the same: "
+
+
+@pytest.mark.parametrize("forced", ["a", "c"])
+def test_a_server_of_this_site_that_lost_its_votes_waits_for_the_others(forced: str) -> None:
+    """It was told to force a start, and the healthy ones to give their cluster up."""
+    wire = play(f"forget {forced}\non {forced}\ngo 5s", three_with_data())
+    waits = "it waits for the other machines of its site; 1 of 4 machines here"
+    assert waits in said(wire, forced)
+    # Forced all the same, with others that follow it: whether it is one cluster, nobody can tell.
+    play(f"force {forced}\ngo 1s\napply {forced} done\non e\nmeet {forced} e\ndeliver", wire)
+    other = "b"
+    play(f"on {other}\nmeet {forced} {other} e\ndeliver\ngo 5s", wire)
+    assert said(wire, other).startswith(f"a person: {forced}{SAME_CA}")
+    feed(wire, forced, K3sState(running=True, ready=True, ca_hash=CA, detail="ready"))
+    play(f"deliver\ngo 60s\noff {forced}\ngo 60s", wire)
+    assert said(wire, other).startswith(f"a person: {forced}{SAME_CA}")
+
+
+def test_the_same_ca_is_not_the_same_etcd() -> None:
+    """Its servers had followed a new, empty cluster whose first machine had kept the CA."""
+    wire = three_with_data()
+    wire.machines["a"].facts = Facts(fsync_ms=1.0, ca_hash=CA)
+    play("on a\ngo 5s\nforce a\ngo 1s\napply a done", wire)
+    feed(wire, "a", K3sState(running=True, ready=True, ca_hash=CA, detail="ready"))
+    play("on e\nmeet a e\ndeliver\ngo 20s\non b c\nmeet a b c e\ndeliver\ngo 300s", wire)
+    for name in "bc":
+        assert node_of(wire, name).generation.number == 0
+        assert node_of(wire, name).phase is NodePhase.CONFLICT
+        order = wire.machines[name].order
+        assert order is None or (order.generation, order.role) == (0, ServerOrAgent.SERVER)
+
+
+def test_an_agent_that_lost_its_votes_waits_for_its_servers() -> None:
+    """It was told to reset all machines, servers among them."""
+    wire = three_with_data()
+    agent = Facts(fsync_ms=1.0, datastore=Datastore.AGENT, ca_hash=CA, told_name="d")
+    wire.machines["d"].facts = agent
+    play("forget d\non d\ngo 5s", wire)
+    assert "; it waits for a server of its cluster; 1 of 4" in said(wire, "d")
 
 
 def test_of_two_servers_that_lost_their_votes_either_starts_their_cluster() -> None:

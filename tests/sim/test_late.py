@@ -8,9 +8,9 @@ import pytest
 
 from k3sagentd.core import machine
 from k3sagentd.core.effects import Send
-from k3sagentd.core.events import AddressChanged, MessageReceived
-from k3sagentd.core.k3s import Action
-from k3sagentd.core.log import Nominate
+from k3sagentd.core.events import AddressChanged, MessageReceived, ResultRead
+from k3sagentd.core.k3s import Action, Datastore, Facts, Outcome, Result
+from k3sagentd.core.log import Abandon, Nominate
 from k3sagentd.core.messages import Accept, Intent, Learned, Prepare
 from k3sagentd.core.paxos import Ballot
 from k3sagentd.core.words import NodeId, NodePhase
@@ -103,7 +103,7 @@ SEALED = (
     "site a b c d e f nodes=3 servers=1\non a b c\nmeet a b c\ndeliver\napply a done\nprobed a\n"
     "deliver\napply b done\napply c done\nprobed b\nprobed c\ngo 5s\n"
 )
-ANOTHER_LOG = "a person: a is of a site that is sealed, and this machine began another with other "
+ANOTHER_LOG = "a person: a is of a site that is sealed, and this machine had begun another one"
 
 
 def test_a_sealed_log_takes_no_more_entries() -> None:
@@ -154,3 +154,60 @@ def test_no_message_adds_to_a_sealed_log() -> None:
         assert after.durable == a.durable
         answers = [effect.message for effect in effects if isinstance(effect, Send)]
         assert all(isinstance(each, Learned) and each.entries == a.log for each in answers)
+
+
+BEGAN = SEALED + (
+    "on d e f\nmeet d e f\ndeliver\ngo 5s\napply f hopeless\ngo 60s\napply f done\ngo 0.2s"
+)
+
+
+def test_who_heard_of_a_sealed_site_goes_on_with_no_other() -> None:
+    """It was forgotten with the wire, and they sealed a second one."""
+    wire = play(f"{BEGAN}\nmeet a b c d e f\ndeliver\ngo 100s")
+    play("\n".join(f"part {one} {other}" for one in "abc" for other in "def"), wire)
+    play("go 60s\napply d done\nready d\ndeliver\ngo 600s", wire)
+    assert [node_of(wire, name).phase for name in "def"] == [NodePhase.CONFLICT] * 3
+    assert [node_of(wire, name).seal for name in "def"] == [None] * 3
+
+
+def test_who_heard_of_a_sealed_site_founds_no_other() -> None:
+    """It went off before its log was read."""
+    wire = play(SEALED + "on d e f\nmeet d e f\ngo 0.2s\nmeet a d e f")
+    wire.flight.clear()
+    play("off a\ngo 600s", wire)
+    assert actions(wire, "def") == [None] * 3
+    assert said(wire, "d").startswith("a, which has K3s data of a cluster, to be on again")
+
+
+def test_another_log_is_noticed_once() -> None:
+    wire = play("site a b nodes=1\non a\ngo 11s\napply a done\nprobed a\ndeliver\non b\ngo 11s")
+    wire.shown()
+    play("meet a b\ndeliver\ngo 300s", wire)
+    lines = wire.shown()
+    assert len([line for line in lines if "two sites share this token" in line]) == 1
+    assert len([line for line in lines if "fetch" in line]) == 1
+
+
+def test_a_sealed_machine_is_not_in_conflict_by_anothers_log() -> None:
+    """It would have waited for a person after its next restart."""
+    wire = play(SEALED)
+    began = (Nominate(init=NodeId("f"), servers=(NodeId("f"),)), Abandon(reason="no disk"))
+    message = Learned(first=0, entries=began, nodes=3)
+    event = MessageReceived(now_s=wire.now_s, sender=NodeId("f"), message=message)
+    wire._feed(wire.machines["a"], event)
+    assert node_of(wire, "a").split is None
+
+
+def test_nobody_is_told_to_reset_what_has_a_cluster_of_its_own() -> None:
+    wire = play(SEALED)
+    wire.machines["f"].facts = Facts(
+        fsync_ms=1.0, datastore=Datastore.ETCD, ca_hash="f6" * 32, node_name="f"
+    )
+    play("on d e f\nmeet d e f\ndeliver\ngo 5s\napply f hopeless\ngo 60s", wire)
+    f = wire.machines["f"]
+    assert f.order is not None
+    done = Result(order=f.order, outcome=Outcome.DONE, step="it was not ours")
+    wire._feed(f, ResultRead(now_s=wire.now_s, result=done))
+    play("go 2s\nmeet a b c d e f\ndeliver\ngo 30s", wire)
+    assert "this machine has a cluster of its own (CA f6f6f6f6f6f6)" in said(wire, "f")
+    assert "reset" not in said(wire, "f")
