@@ -15,7 +15,7 @@ from tests.fleet.machine import FLEET
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = (
-    "ca-certificates,dbus,etcd-server,iproute2,libnss-myhostname,nftables,openssl,procps,"
+    "ca-certificates,curl,dbus,etcd-server,iproute2,keepalived,libnss-myhostname,nftables,openssl,procps,"
     "python3-aiohttp,python3-cryptography,python3-ifaddr,python3-systemd,python3-yaml,"
     "python3-zeroconf,systemd-sysv,udev"
 )
@@ -24,6 +24,8 @@ UNWANTED = (
     "etcd.service",  # Debian's own, of the package that the stand-in needs
     "nftables.service",  # may not in a network namespace that it was given
     "systemd-firstboot.service",  # has no terminal
+    "systemd-networkd.service",  # the wire gives each machine its address
+    "systemd-networkd-wait-online.service",
     "apt-daily.timer",
     "apt-daily-upgrade.timer",
     "dpkg-db-backup.timer",

@@ -46,8 +46,9 @@ class Fleet:
 
     def configure(self, machine: Machine, **other: Any) -> None:
         """As by hand: /etc/k3sagentd."""
-        machine.put("etc/k3sagentd/config.yaml", yaml.safe_dump(CONFIG | other))
-        machine.put("etc/k3sagentd/token", self.token + "\n", 0o600)
+        put = machine.put if machine.process is None else machine.put_now
+        put("etc/k3sagentd/config.yaml", yaml.safe_dump(CONFIG | other))
+        put("etc/k3sagentd/token", self.token + "\n", 0o600)
 
     def views(self) -> dict[str, dict[str, Any]]:
         """What each machine says; those that do not answer are left out."""
@@ -90,7 +91,8 @@ class Fleet:
         text = ""
         for machine in self.machines:
             view = views.get(machine.name)
-            said = (view["node"]["phase"], view["node"]["waiting_for"]) if view else "no answer"
+            told = ("phase", "waiting_for", "notes")
+            said = [view["node"][key] for key in told] if view else "no answer"
             text += f"--- {machine.name}: {said}\n"
             if machine.leader() is not None:
                 # Apart: K3s, which says the same each second, would leave no line for the others.

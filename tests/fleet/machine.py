@@ -36,7 +36,8 @@ echo $$ > /sys/fs/cgroup/{cgroup}/{name}/cgroup.procs
 # Entered already here, so that /sys shows the machine's own interface, and so its own hardware.
 exec nsenter --net={network} systemd-nspawn --quiet --boot --directory={root} --machine={name} \
     --register=no --keep-unit --resolv-conf=off --timezone=off --link-journal=no \
-    --network-namespace-path={network} --console=pipe --kill-signal=SIGRTMIN+3 {more}
+    --network-namespace-path={network} --capability=CAP_NET_ADMIN \
+    --console=pipe --kill-signal=SIGRTMIN+3 {more}
 """
 CLEAN = r"""
 mount -t cgroup2 cgroup2 /sys/fs/cgroup

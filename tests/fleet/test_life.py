@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Life after the seal, through the real units: a server dies for good, all addresses change."""
+"""Life after the seal, through the real units: a server dies for good, all addresses change, an
+agent forgets the token."""
 
 import base64
 import json
@@ -168,6 +169,30 @@ def test_all_five_in_the_dark_and_every_address_is_another(site: Fleet) -> None:
     for agent in agents:
         assert any(f"server: https://{server.address}:6443" in dropin(agent) for server in servers)
         assert_is(agent, "agent")
+
+
+def test_an_agent_forgets_the_token_and_boots_without_it(site: Fleet) -> None:
+    site.complete()
+    agent = of_role(site, "agent")[0]
+    site.configure(agent, **{"replace-after": "10s", "forget-token": True})
+    agent.run("systemctl", "restart", "k3sagentd")
+
+    def forgotten(views: dict[str, dict]) -> bool:
+        notes = views.get(agent.name, {"node": {"notes": []}})["node"]["notes"]
+        return any("forgot the site's token" in note for note in notes)
+
+    site.until(forgotten)
+    token = ("grep", "-rlF", "-e", site.token, "/etc", "/var/lib/k3sagentd", "/var/lib/rancher")
+    assert agent.run(*token, check=False) == ""
+    assert of_role(site, "server")[0].run(*token, check=False), "a server needs it"
+    agent.cut()
+    agent.on()
+    agent.booted()
+    with timed("an agent that forgot the token boots"):
+        views = site.complete()
+    assert views[agent.name]["node"]["role"] == "agent"
+    assert "token-file" in dropin(agent)
+    agent.assert_healthy()
 
 
 def repaired(machine: Machine) -> bool:
