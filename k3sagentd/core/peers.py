@@ -47,6 +47,9 @@ def on_hello(turn: Turn, hello: Hello) -> None:
             peer = replace(peer, earlier_instance=before.hello.instance, flips=flips)
             if flips >= FLIPS_OF_CLONES:
                 turn.send(hello.node, Cloned(address=before.hello.address))
+    if peer.flips >= FLIPS_OF_CLONES and peer.hello.may_vote:
+        # They stop when they hear of it; what one of them said before may arrive after that.
+        peer = replace(peer, hello=replace(peer.hello, may_vote=False))
     if hello.server_url is not None or (hello.member and hello.datastore is Datastore.ETCD):
         peer = replace(peer, served=True)
     elif hello.k3s_role is ServerOrAgent.AGENT:

@@ -284,6 +284,10 @@ def _removed(world: World, m: Computer, found: re.Match[str]) -> bool:
     return m.k3s.tombstone and not m.k3s.labelled
 
 
+def _is_whole_site(world: World, m: Computer, found: re.Match[str]) -> bool:
+    return m.node is not None and m.node.nodes == 1
+
+
 def _looks(world: World, m: Computer, found: re.Match[str]) -> bool:
     return any(c.name == found[1] and c.node and c.node.steward.errand for c in world.computers)
 
@@ -328,6 +332,7 @@ LINES: tuple[tuple[str, Callable[[World, Computer, re.Match[str]], bool]], ...] 
     (r"the Node (\S+) to be given up by K3s, which still hears it", _still_heard),
     (r"the cluster's only server|^any of the servers", _lost_cluster),
     (r"a machine that may be a server: all here", _unable_init),
+    (r"^nobody to be heard: looks for a cluster", _is_whole_site),
     (r"^(\S+): the list of the cluster's Nodes to be read", _looks),
     (r"^K3s on this machine to be ready", _starting),
     (r"cluster-cidr is 10.99.0.0/16 here but (\S+|not set) in the cluster", _flags),

@@ -330,14 +330,13 @@ FAULTS = (
         seed=613,
     ),
     _plant(
-        "is due by one sum and not by the other (found)",
-        1000,
+        "is not due at the moment that it is due (found)",
+        200,
         (
             f"{CORE}.registration:ask",
             "if turn.now_s < due_s(node):",
-            "if turn.now_s - node.drive.asked_s < ASK_S * 2.0 ** min(node.drive.asks // 5, 6):",
+            "if turn.now_s <= due_s(node):",
         ),
-        seed=659,
     ),
     _plant(
         "an order that was lost is not given again",
