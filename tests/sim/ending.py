@@ -289,7 +289,8 @@ def _is_whole_site(world: World, m: Computer, found: re.Match[str]) -> bool:
 
 
 def _looks(world: World, m: Computer, found: re.Match[str]) -> bool:
-    return any(c.name == found[1] and c.node and c.node.steward.errand for c in world.computers)
+    # As it said when it was asked last; it is asked again in a moment.
+    return any(c.name == found[1] and c.k3s.ready for c in world.computers)
 
 
 def _flags(world: World, m: Computer, found: re.Match[str]) -> bool:

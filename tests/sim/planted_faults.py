@@ -218,12 +218,6 @@ FAULTS = (
         seed=84,
     ),
     _plant(
-        "takes the accepted value of the lowest ballot",
-        3000,
-        (f"{CORE}.paxos:constrained", "return max(", "return min("),
-        seed=386,
-    ),
-    _plant(
         "uses a ballot again after a restart",
         500,
         (

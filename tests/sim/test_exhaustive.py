@@ -17,6 +17,7 @@ OTHER_BALLOTS = Edit(
     old="return message.decree == proposal.decree and message.ballot == proposal.ballot",
     new="return message.decree == proposal.decree",
 )
+LOWEST_BALLOT = Edit(where="k3sagentd.core.paxos:constrained", old="return max(", new="return min(")
 
 
 def test_every_run_with_one_ballot_each_and_a_crash_anywhere() -> None:
@@ -47,6 +48,7 @@ def hunt(edits: tuple[Edit, ...], bound: Bound) -> str | None:
                 "a quorum is one too small",
             )
         ),
+        pytest.param((LOWEST_BALLOT,), TWO_BALLOTS, id="takes the value of the lowest ballot"),
         pytest.param((OTHER_BALLOTS,), TWO_BALLOTS, id="counts votes of its other ballots"),
     ],
 )
