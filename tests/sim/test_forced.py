@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from k3sagentd.core import guards, status
-from k3sagentd.core.events import MessageReceived
+from k3sagentd.core.events import HelloReceived, MessageReceived
 from k3sagentd.core.k3s import Datastore, Facts, K3sState, ServerOrAgent
 from k3sagentd.core.log import Nominate
 from k3sagentd.core.messages import Learned
@@ -178,3 +178,18 @@ def test_who_lost_its_votes_waits_for_its_cluster() -> None:
     wire = play(f"site a b c nodes=3 servers=1\ndisk c etcd {CA}\ndisk b etcd {CA}\nforget c")
     play("on b c\nmeet b c\ngo 1s", wire)
     assert not {"reset", "--force"} & set(said(wire, "c").split())
+
+
+def test_what_a_clone_said_before_it_stopped_is_not_believed_after() -> None:
+    """Its twin's hello in between made the older one look new, and its epoch was waited for."""
+    wire = play("site a b c nodes=3\non a b\nmeet a b")
+    hello = next(hello for hello in node_of(wire, "a").up if hello.node == "b")
+    for instance, revision, may_vote in (
+        ("twin", 1, True),
+        (hello.instance, 9, False),
+        ("twin", 2, False),
+        (hello.instance, 8, True),
+    ):
+        said_by = replace(hello, instance=instance, revision=revision, may_vote=may_vote)
+        wire._feed(wire.machines["a"], HelloReceived(now_s=wire.now_s, hello=said_by))
+    assert not node_of(wire, "a").peers[NodeId("b")].able
